@@ -1,0 +1,193 @@
+"""``SS1Config``: what to compress and how, with one meaning for every way in."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from ss1_compile.errors import ConfigError
+from ss1_compile.structure import HASH_FAMILIES, HashFamily, SS1Structure
+
+ProjectionMethod = Literal["average", "calibrated"]
+Quantization = Literal["int8_weight_only", "int8_dynamic"]
+
+_PROJECTIONS = (None, "average", "calibrated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SS1Config:
+    """How linear layers become SS1 layers. Frozen, validated on construction.
+
+    Attributes:
+        reduction: c, the factor by which parameters and multiplications of a layer fall.
+        num_hashes: J, the number of column blocks; ``None`` means c.
+        block_k: B_K, the chunk length along K; ``None`` means the largest of 128 … 8 that keeps
+            the zero-padding of K under 3 %.
+        hash_family: ``"independent"`` (default) or ``"affine"`` (the authors' public kernel).
+        signed: draw random signs (independent family).
+        seed: seed of the structures.
+        projection: how a dense weight becomes z. ``"average"`` is the signed mean of the tied
+            weights, ``"calibrated"`` minimises the output error on calibration inputs; ``None``
+            means calibrated where input statistics exist and average elsewhere.
+        damping: ridge of the calibrated projection, relative to the mean of ``diag(H)``.
+        quantization: ``None``. The int8 variants are not part of this version and are refused.
+        include: fnmatch patterns on qualified module names; a layer must match one.
+        exclude: fnmatch patterns; a layer that matches one stays dense.
+        overrides: pattern → reduction, or ``None`` to keep dense; the first match wins.
+        min_features: layers with fewer input or output features stay dense.
+        max_error: layers whose relative projection error is above this stay dense.
+        warn_error: one warning names the layers whose relative error is above this.
+        allow_empty: compressing nothing is not an error.
+        strict: the first linear layer that cannot be handled is an error. Layers that the
+            configuration itself leaves dense (exclude, overrides, min_features, max_error) are not.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range; the message names the field.
+    """
+
+    reduction: int = 4
+    num_hashes: int | None = None
+    block_k: int | None = None
+    hash_family: HashFamily = "independent"
+    signed: bool = True
+    seed: int = 0
+    projection: ProjectionMethod | None = None
+    damping: float = 1e-3
+    quantization: Quantization | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    overrides: Mapping[str, int | None] = field(default_factory=dict)
+    min_features: int = 32
+    max_error: float | None = None
+    warn_error: float = 0.5
+    allow_empty: bool = False
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+                raise ConfigError(f"{name} must be a sequence of patterns, got {patterns!r}")
+            object.__setattr__(self, name, tuple(patterns))
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"overrides must map patterns to reductions, got {self.overrides!r}")
+        object.__setattr__(self, "overrides", dict(self.overrides))
+        _require_int("reduction", self.reduction, 1)
+        for pattern, reduction in self.overrides.items():
+            if reduction is not None:
+                _require_int(f"overrides[{pattern!r}]", reduction, 1)
+        if self.num_hashes is not None:
+            _require_int("num_hashes", self.num_hashes, 1)
+        if self.block_k is not None:
+            _require_int("block_k", self.block_k, 8)
+            if self.block_k & (self.block_k - 1) or self.block_k > 1024:
+                raise ConfigError(
+                    f"block_k must be a power of two in 8 … 1024, got {self.block_k}"
+                )
+        _require_int("seed", self.seed, None)
+        _require_int("min_features", self.min_features, 0)
+        for name in ("signed", "allow_empty", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        _require_choice("hash_family", self.hash_family, HASH_FAMILIES)
+        _require_choice("projection", self.projection, _PROJECTIONS)
+        if self.quantization is not None:
+            raise ConfigError(
+                f"quantization={self.quantization!r} is not available in this version; use None"
+            )
+        _require_positive("damping", self.damping)
+        _require_positive("warn_error", self.warn_error)
+        if self.max_error is not None:
+            _require_positive("max_error", self.max_error)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SS1Config:
+        """Build from plain values, for instance ``torch.compile`` options or JSON.
+
+        Raises:
+            ConfigError: an unknown key (the nearest known one is named) or a bad value.
+        """
+        reject_unknown_keys(values, [f.name for f in fields(cls)])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; :meth:`from_dict` inverts it."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
+
+    def reduction_for(self, name: str, in_features: int, out_features: int) -> int | str:
+        """The reduction of the layer called ``name``, or the reason why it stays dense."""
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.include):
+            return f"matches no include pattern of {list(self.include)}"
+        for pattern in self.exclude:
+            if fnmatch.fnmatchcase(name, pattern):
+                return f"excluded by {pattern!r}"
+        reduction: int | None = self.reduction
+        for pattern, override in self.overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                reduction = override
+                break
+        if reduction is None:
+            return f"kept dense by overrides[{pattern!r}]"
+        if min(in_features, out_features) < self.min_features:
+            return f"smaller than min_features = {self.min_features}"
+        if reduction > in_features:
+            return f"reduction {reduction} exceeds in_features {in_features}"
+        return reduction
+
+    def structure_for(self, name: str, in_features: int, out_features: int) -> SS1Structure | str:
+        """The structure of the layer called ``name``, or the reason why it stays dense."""
+        reduction = self.reduction_for(name, in_features, out_features)
+        if isinstance(reduction, str):
+            return reduction
+        structure = SS1Structure.create(
+            in_features,
+            out_features,
+            reduction,
+            num_hashes=self.num_hashes,
+            block_k=self.block_k,
+            hash_family=self.hash_family,
+            signed=self.signed,
+            seed=self.seed,
+        )
+        if reduction > 1 and structure.reduced_features >= in_features:
+            return (
+                f"padding {in_features} features to {structure.padded_features} leaves nothing to "
+                f"gain at reduction {reduction}; choose a smaller block_k"
+            )
+        return structure
+
+
+def reject_unknown_keys(values: Mapping[str, Any], known: list[str]) -> None:
+    """Raise ``ConfigError`` for the first key that is not in ``known``, naming the nearest one."""
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
+            raise ConfigError(f"unknown option {key!r}; {hint}")
+
+
+def _require_int(name: str, value: object, least: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} must be an integer, got {value!r}")
+    if least is not None and value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def _require_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{name} must be positive and finite, got {value}")
+
+
+def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name} must be one of {list(choices)}, got {value!r}{hint}")

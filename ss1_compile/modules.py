@@ -1,0 +1,122 @@
+"""``SS1Linear``: the layer that takes the place of ``nn.Linear``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ss1_compile.kernels  # noqa: F401 - registers torch.ops.ss1
+from ss1_compile.errors import StructureError
+from ss1_compile.structure import SS1Structure
+
+
+class SS1Linear(nn.Module):
+    """``y = x Wᵀ + b`` with ``W`` stored as ``z [N, K_c]`` (SS1, NeurIPS 2024).
+
+    Holds plain tensors only, so it trains, copies, pickles, casts and saves like ``nn.Linear``.
+
+    Attributes:
+        z: parameter ``[N, K_c]``.
+        bias: parameter ``[N]`` or ``None``.
+        sketch: int32 buffer ``[J, G, c]``, the operator's sketch operand.
+    """
+
+    z: nn.Parameter
+    bias: nn.Parameter | None
+    sketch: Tensor
+
+    def __init__(
+        self,
+        structure: SS1Structure,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = structure.in_features
+        self.out_features = structure.out_features
+        self.block_k = structure.block_k
+        shape = (structure.out_features, structure.reduced_features)
+        self.z = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias",
+            nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None,
+        )
+        self.register_buffer("sketch", structure.code.to(device, copy=True))
+        self.reset_parameters()
+
+    @classmethod
+    def from_tensors(
+        cls, structure: SS1Structure, z: nn.Parameter, bias: nn.Parameter | None
+    ) -> SS1Linear:
+        """Wrap existing parameters without copying them; the sketch goes to z's device."""
+        module = cls(structure, bias is not None, device="meta")
+        module.z = z
+        module.bias = bias
+        module.sketch = structure.code.to(z.device, copy=True)
+        return module
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Linear`` does: entries of W are ±entries of z, so z takes its range."""
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.z, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def structure(self) -> SS1Structure:
+        """The structure, rebuilt from the buffers and validated."""
+        return SS1Structure.from_code(
+            self.in_features, self.out_features, self.block_k, self.sketch
+        )
+
+    @property
+    def reduction(self) -> int:
+        """The factor c."""
+        return self.sketch.shape[2]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense ``W [N, K]``, materialised on every access.
+
+        For code that looks at ``layer.weight`` (its dtype, say); ``forward`` never uses it.
+        """
+        return self.structure.materialize(self.z)
+
+    def to_linear(self) -> nn.Linear:
+        """A dense ``nn.Linear`` that computes the same function."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
+        linear.weight = nn.Parameter(self.weight.detach(), self.z.requires_grad)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``y [..., N]`` of ``x [..., K]``, both in the layer's dtype."""
+        y: Tensor = torch.ops.ss1.linear(x, self.sketch, self.z, self.bias)
+        return y
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"reduction={self.reduction}, num_hashes={self.sketch.shape[0]}, "
+            f"block_k={self.block_k}, bias={self.bias is not None}"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refuse a sketch that does not fit the layer: kernels index by it."""
+        code = state_dict.get(prefix + "sketch")
+        if isinstance(code, Tensor) and not code.is_meta:
+            try:
+                SS1Structure.from_code(self.in_features, self.out_features, self.block_k, code)
+            except StructureError as error:
+                raise StructureError(f"{prefix}sketch in the state dict: {error}") from error
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,204 @@
+"""``Report``: what happened to every linear layer."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from ss1_compile.errors import NothingToCompressError, SS1Warning
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ss1_compile.config import SS1Config
+
+EXACT_ERROR = 1e-6
+"""Relative error under which a projection lost nothing: the weight already had the structure."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer.
+
+    Attributes:
+        name: qualified name of the module or weight.
+        op: what it was, e.g. ``"Linear"``, ``"Conv1D"``, ``"aten.addmm"``.
+        shape: ``(N, K)`` of the dense weight; ``None`` if it has none (a matmul of activations).
+        bytes_before: bytes of the dense weight and bias.
+        bytes_after: bytes that take their place; ``bytes_before`` if left dense.
+        reduction: c, or ``None`` if left dense.
+        error: relative projection error, or ``None`` if none was measured.
+        error_of: what the error is relative to: ``"output"`` with input statistics, else
+            ``"weight"``.
+        projection: the method that made z.
+        reason: why the layer was left dense; ``None`` if it was compressed.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, int] | None
+    bytes_before: int
+    bytes_after: int
+    reduction: int | None = None
+    error: float | None = None
+    error_of: Literal["output", "weight"] | None = None
+    projection: str | None = None
+    reason: str | None = None
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the layer is SS1 now."""
+        return self.reason is None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the projection lost nothing but rounding."""
+        return self.error is not None and self.error <= EXACT_ERROR
+
+
+@dataclass
+class Report:
+    """A row per linear layer, in model order. ``print(report)`` shows the table."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerReport:
+        """The row of the layer called ``name``.
+
+        Raises:
+            KeyError: there is no such row.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    @property
+    def compressed(self) -> list[LayerReport]:
+        """The layers that are SS1 now."""
+        return [layer for layer in self.layers if layer.compressed]
+
+    @property
+    def left(self) -> list[LayerReport]:
+        """The layers that stayed dense, each with its reason."""
+        return [layer for layer in self.layers if not layer.compressed]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all listed linear layers before."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all listed linear layers after."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean relative error of the compressed layers, ``None`` if none was measured."""
+        errors = [layer.error for layer in self.compressed if layer.error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Totals and rows as plain JSON values."""
+        return {
+            "compressed": len(self.compressed),
+            "left": len(self.left),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "mean_error": self.mean_error,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """:meth:`to_dict` as a JSON document."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per layer.
+
+        Raises:
+            ImportError: pandas is not installed (extra ``report``).
+        """
+        import pandas as pd
+
+        return pd.DataFrame([asdict(layer) for layer in self.layers])
+
+    def __rich__(self) -> Table:
+        table = Table(title=self.summary(), title_justify="left")
+        for name in ("layer", "op", "weight", "c", "KiB", "error", "note"):
+            right = name in ("weight", "c", "KiB", "error")
+            table.add_column(name, justify="right" if right else "left", overflow="fold")
+        for layer in self.layers:
+            shape = "×".join(map(str, layer.shape)) if layer.shape else ""
+            size = f"{layer.bytes_before / 1024:.0f}"
+            if layer.compressed:
+                size += f" → {layer.bytes_after / 1024:.0f}"
+            error = "" if layer.error is None else f"{layer.error:.3f} ({layer.error_of})"
+            note = layer.reason or ("exact" if layer.exact else layer.projection or "")
+            c = str(layer.reduction or "")
+            table.add_row(layer.name, layer.op, shape, c, size, error, note)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=140, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def summary(self) -> str:
+        """One line of totals."""
+        after, before = self.bytes_after / 2**20, self.bytes_before / 2**20
+        text = f"{len(self.compressed)} of {len(self.layers)} linear layers are SS1"
+        if self.layers:
+            text += f", {before:.2f} → {after:.2f} MiB"
+        if self.mean_error is not None:
+            text += f", mean relative error {self.mean_error:.3f}"
+        return text
+
+    def warn_if_ruined(self, threshold: float) -> None:
+        """Warn once, naming the worst layers, if any projection error is above ``threshold``."""
+        bad = [x for x in self.compressed if x.error is not None and x.error > threshold]
+        if not bad:
+            return
+        bad.sort(key=lambda layer: -(layer.error or 0.0))
+        worst = ", ".join(f"{x.name} {x.error:.2f} ({x.error_of})" for x in bad[:3])
+        if any(layer.error_of == "weight" for layer in bad):
+            mend = "calibrate (ss1_compile.calibrate, or calibration=...), use a smaller reduction"
+        else:
+            mend = "use a smaller reduction for them (overrides)"
+        warnings.warn(
+            f"{len(bad)} of {len(self.compressed)} projected layers lose more than {threshold:.0%} "
+            f"(relative error; worst: {worst}). A pretrained model will not work like this: {mend},"
+            f" fine-tune after compressing, or keep such layers dense with max_error=...",
+            SS1Warning,
+            stacklevel=3,
+        )
+
+    def require_some(self, config: SS1Config) -> None:
+        """Raise :class:`NothingToCompressError` with the reasons if no layer was compressed."""
+        if self.compressed or config.allow_empty:
+            return
+        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in self.layers[:5])
+        raise NothingToCompressError(
+            "no linear layer was compressed "
+            + (f"({reasons})" if reasons else "(the model has none)")
+            + "; pass allow_empty=True if that is meant"
+        )
+
+
+def tensor_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes held by the tensors, ``None`` entries skipped."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
