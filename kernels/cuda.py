@@ -1,0 +1,143 @@
+"""CUDA implementation of the operator: the sketch, then a grouped GEMM, each chosen per shape.
+
+Importing this module needs neither a GPU nor Triton. Nothing synchronises with the host, allocates
+beyond the caching allocator or tunes when a layer runs, so CUDA graphs can capture it.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ss1_compile.kernels import lowering, portable
+from ss1_compile.kernels.layout import block_n, is_rotation
+
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+@cache
+def _triton() -> tuple[ModuleType, ModuleType, ModuleType, ModuleType] | None:
+    """The Triton launchers ``(sketch, blocks, gemm, decode)``, or None where Triton is missing."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None
+    from ss1_compile.kernels import triton_blocks, triton_decode, triton_gemm, triton_sketch
+
+    return triton_sketch, triton_blocks, triton_gemm, triton_decode
+
+
+@lru_cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+@lru_cache
+def _has_tma(device: torch.device) -> bool:
+    """Without TMA the Triton GEMM spills (sm_80: 255 registers and a stack), the library does not."""
+    return device.type != "cuda" or bool(torch.cuda.get_device_capability(device)[0] >= 9)
+
+
+def _aligned(code: Tensor, reduced_features: int) -> bool:
+    """Whether the rotation kernels apply: ``B_K`` a power of two of whole vectors."""
+    block_k = reduced_features // code.shape[1]
+    return bool(block_k >= 8 and block_k & (block_k - 1) == 0)
+
+
+def _usable(x: Tensor, code: Tensor, reduced_features: int) -> bool:
+    fits = not is_rotation(code) or _aligned(code, reduced_features)
+    return x.dtype in _DTYPES and fits and _triton() is not None
+
+
+def _sketch(x: Tensor, code: Tensor, reduced_features: int, pdl: bool = False) -> Tensor:
+    kernels = _triton()
+    assert kernels is not None
+    if not is_rotation(code):
+        result: Tensor = kernels[1].sketch(x, code)
+    else:
+        result = kernels[0].sketch(x, code.contiguous(), reduced_features, pdl=pdl)
+    return result
+
+
+def sketch(x: Tensor, code: Tensor, reduced_features: int) -> Tensor:
+    """``X̃ [J, M, K_c]`` of ``x [M, K]``, contiguous, in x's dtype. See :mod:`.layout`."""
+    if not _usable(x, code, reduced_features):
+        return portable.sketch(x, code, reduced_features)
+    with torch.cuda.device_of(x):
+        return _sketch(x, code, reduced_features)
+
+
+def unsketch(g: Tensor, code: Tensor, in_features: int) -> Tensor:
+    """The adjoint of :func:`sketch`: ``[M, K]`` of ``g [J, M, K_c]``."""
+    kernels = _triton()
+    if kernels is None or not _usable(g, code, g.shape[2]):
+        return portable.unsketch(g, code, in_features)
+    with torch.cuda.device_of(g):
+        result: Tensor
+        if is_rotation(code):
+            result = kernels[0].unsketch(g, code.contiguous(), in_features)
+        else:
+            result = kernels[1].unsketch(g, code, in_features)
+        return result
+
+
+def describe(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> lowering.Layer:
+    """The key under which :mod:`.lowering` chooses; ``x [M, K]``."""
+    width = block_n(z.shape[0], code.shape[0])
+    return lowering.Layer(
+        rows=x.shape[0],
+        in_features=x.shape[1],
+        out_features=z.shape[0],
+        reduced_features=z.shape[1],
+        hashes=code.shape[0],
+        kind="rotation" if is_rotation(code) else "learned",
+        dtype=_DTYPES[x.dtype],
+        bias=bias is not None,
+        tma=_has_tma(x.device)
+        and x.dtype != torch.float32
+        and z.shape[1] % 8 == 0
+        and z.stride(0) % 8 == 0
+        and z.data_ptr() % 16 == 0
+        and width >= 32,
+    )
+
+
+def library_matmul(sketched: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
+    """``y[:, block j] = X̃[j] @ z_jᵀ + b`` through the library, straight into y's columns."""
+    return portable.grouped_matmul(sketched, z, bias)
+
+
+def linear(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y [..., N]``, contiguous, of ``x [..., K]``: ``y[:, block j] = X̃[j] @ z_jᵀ + b``.
+
+    Args:
+        x: float16, bfloat16 or float32 (others take the portable path), any strides.
+        code: the sketch, int32 ``[J, G, c]`` or learned blocks ``[J, G, gsize, r]``.
+        z: ``[N, K_c]`` of x's dtype.
+        bias: ``[N]`` of x's dtype, or None.
+    """
+    kernels = _triton()
+    if kernels is None or not _usable(x, code, z.shape[1]):
+        return portable.linear(x, code, z, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], z.shape[0])
+    if z.stride(1) != 1:
+        z = z.contiguous()
+    _, _, gemm, decode = kernels
+    with torch.cuda.device_of(x):
+        chosen = lowering.choose(describe(flat, code, z, bias), _device_name(x.device))
+        if chosen == "gemv":
+            y = decode.gemv(flat, code.contiguous(), z, bias)
+        elif chosen == "stream":
+            pdl = decode.dependent_launch(x.device)
+            sketched = _sketch(flat, code, z.shape[1], pdl)
+            y = decode.stream(sketched, z, bias, pdl=pdl)
+        elif chosen == "triton":
+            y = gemm.grouped_matmul(_sketch(flat, code, z.shape[1]), z, bias)
+        else:
+            y = library_matmul(_sketch(flat, code, z.shape[1]), z, bias)
+    return y.view(*x.shape[:-1], z.shape[0])

@@ -1,0 +1,228 @@
+"""Grouped GEMM in Triton, fused epilogue: ``y[:, block j] = act(X̃[j] @ z_jᵀ + b) + residual``.
+
+A persistent kernel over TMA descriptors. Against the library on one NVIDIA H200 (bf16): within 3 %
+of ``torch.bmm`` without an epilogue, so the library stays the choice there; with a bias and J > 1
+it replaces ``bmm`` followed by an addition that rereads y (16384 x 1024 -> 4096, c = 4: 82 instead
+of 254 µs). It also takes N not divisible by J without a copy: tiles never straddle column blocks.
+"""
+
+# Kernel parameters are Triton values; an annotation would be a cast.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="misc,untyped-decorator,no-untyped-def,no-untyped-call"
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@triton.jit
+def _relu(v):
+    return tl.maximum(v, 0.0)
+
+
+@triton.jit
+def _gelu(v):
+    return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_tanh(v):
+    # tanh(u) = 2·sigmoid(2u) - 1
+    return v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
+
+
+@triton.jit
+def _silu(v):
+    return v * tl.sigmoid(v)
+
+
+ACTIVATIONS: dict[str, Any] = {
+    "none": None,
+    "relu": _relu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+}
+
+
+@triton.jit
+def _finish(
+    acc, y_desc, y, bias, residual, row0, n0, n_end, M, s_ym, s_rm,
+    BM: tl.constexpr, BW: tl.constexpr, TMA_OUT: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """Bias, activation, residual and store of one ``[BM, BW]`` piece of a tile."""
+    rn = n0 + tl.arange(0, BW)
+    rm = row0 + tl.arange(0, BM)
+    mask = (rm < M)[:, None] & (rn < n_end)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + rn, mask=rn < n_end, other=0.0).to(tl.float32)[None, :]
+    if ACT is not None:
+        acc = ACT(acc)
+    if residual is not None:
+        at = rm[:, None].to(tl.int64) * s_rm + rn[None, :]
+        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    if TMA_OUT:
+        y_desc.store([row0, n0], acc.to(y.dtype.element_ty))
+    else:
+        at = rm[:, None].to(tl.int64) * s_ym + rn[None, :]
+        tl.store(y + at, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gemm_kernel(
+    x_desc,
+    z_desc,
+    y_desc,
+    y,
+    bias,
+    residual,
+    M,
+    N,
+    J,
+    B_N,
+    K_c,
+    s_ym,
+    s_rm,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    HALVES: tl.constexpr,
+    TMA_OUT: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    tiles_m = tl.cdiv(M, BM)
+    tiles_block = tl.cdiv(B_N, BN)
+    tiles_n = J * tiles_block
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+        # GROUP_M row tiles at a time share the columns of z in L2
+        group = tile // (GROUP_M * tiles_n)
+        width = min(tiles_m - group * GROUP_M, GROUP_M)
+        pm = group * GROUP_M + tile % (GROUP_M * tiles_n) % width
+        pn = tile % (GROUP_M * tiles_n) // width
+        j = pn // tiles_block
+        n0 = j * B_N + pn % tiles_block * BN
+        n_end = min((j + 1) * B_N, N)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(tl.cdiv(K_c, BK)):
+            a = x_desc.load([j * M + pm * BM, k * BK])
+            b = z_desc.load([n0, k * BK])
+            acc = tl.dot(a, b.T, acc)
+        if HALVES == 1:
+            _finish(
+                acc, y_desc, y, bias, residual, pm * BM, n0, n_end, M, s_ym, s_rm,
+                BM, BN, TMA_OUT, ACT,
+            )  # fmt: skip
+        else:
+            # two halves: the smaller staging buffer leaves room for a fourth pipeline stage
+            HALF: tl.constexpr = BN // 2
+            low, high = tl.split(tl.permute(tl.reshape(acc, (BM, 2, HALF)), (0, 2, 1)))
+            _finish(
+                low, y_desc, y, bias, residual, pm * BM, n0, n_end, M, s_ym, s_rm,
+                BM, HALF, TMA_OUT, ACT,
+            )  # fmt: skip
+            _finish(
+                high, y_desc, y, bias, residual, pm * BM, n0 + HALF, n_end, M, s_ym, s_rm,
+                BM, HALF, TMA_OUT, ACT,
+            )  # fmt: skip
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def default_tile(block_n: int) -> tuple[int, int, int, int]:
+    """``(BM, BN, warps, stages)`` for column blocks of ``block_n``.
+
+    Measured best of six at seven shapes: 128 x 256 in two halves with four stages, unless a column
+    block is not a multiple of 256 wide (N/J = 128: 45 instead of 90 µs with 128 x 128).
+    """
+    if block_n % 256 == 0 or block_n > 1024:
+        return 128, 256, 8, 4
+    if block_n > 64:
+        return 128, 128, 4, 4
+    return 128, 64 if block_n > 32 else 32, 4, 4
+
+
+def supported(sketched: Tensor, z: Tensor) -> bool:
+    """Whether TMA can describe the operands: 16-bit types, rows of whole 16-byte units."""
+    return (
+        sketched.dtype in (torch.float16, torch.bfloat16)
+        and sketched.shape[2] % 8 == 0
+        and sketched.is_contiguous()
+        and z.stride(1) == 1
+        and z.stride(0) % 8 == 0
+        and z.data_ptr() % 16 == 0
+    )
+
+
+def grouped_matmul(
+    sketched: Tensor,
+    z: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    tile: tuple[int, int, int, int] | None = None,
+    block_k: int = 64,
+) -> Tensor:
+    """``act(X̃[j] @ z_jᵀ + b) + residual`` for every column block j, into ``[M, N]``.
+
+    Args:
+        sketched: contiguous ``[J, M, K_c]``, float16 or bfloat16; see :func:`supported`.
+        z: ``[N, K_c]``, unit column stride; column block j is rows ``j·ceil(N/J) …``.
+        bias: ``[N]`` or None.
+        activation: a key of ``ACTIVATIONS``.
+        residual: ``[M, N]`` with unit column stride, or None.
+        out: ``[M, N]`` to write to, with unit column stride.
+        tile: overrides :func:`default_tile`.
+        block_k: step along ``K_c``.
+    """
+    hashes, rows, reduced = sketched.shape
+    out_features = z.shape[0]
+    y = sketched.new_empty(rows, out_features) if out is None else out
+    if rows == 0:
+        return y
+    block_n = -(-out_features // hashes)
+    tile_m, tile_n, warps, stages = tile or default_tile(block_n)
+    if activation != "none" or residual is not None:
+        warps = 8  # with four, the epilogue's values spill
+    # a TMA store cannot stop at a column block's end, only at y's
+    whole = block_n % tile_n == 0 and out_features == hashes * block_n
+    tma_out = whole and y.stride(0) % 8 == 0 and y.data_ptr() % 16 == 0
+    halves = 2 if tile_n == 256 else 1
+    programs = _processors(y.device)
+    tiles = triton.cdiv(rows, tile_m) * hashes * triton.cdiv(block_n, tile_n)
+    y_desc = None
+    if tma_out:
+        y_desc = TensorDescriptor(y, list(y.shape), [y.stride(0), 1], [tile_m, tile_n // halves])
+    _gemm_kernel[(min(programs, tiles),)](
+        TensorDescriptor(sketched, [hashes * rows, reduced], [reduced, 1], [tile_m, block_k]),
+        TensorDescriptor(z, [out_features, reduced], [z.stride(0), 1], [tile_n, block_k]),
+        *(y_desc, y, bias, residual, rows, out_features, hashes, block_n, reduced),
+        y.stride(0),
+        0 if residual is None else residual.stride(0),
+        BM=tile_m,
+        BN=tile_n,
+        BK=block_k,
+        GROUP_M=8,
+        PROGRAMS=programs,
+        HALVES=halves,
+        TMA_OUT=tma_out,
+        ACT=ACTIVATIONS[activation],
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return y
