@@ -47,14 +47,24 @@ class SS1Linear(nn.Module):
             "bias",
             nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None,
         )
-        self.register_buffer("sketch", structure.code.to(device, copy=True))
+        self.register_buffer("sketch", structure.code.to(self.z.device, copy=True))
         self.reset_parameters()
 
     @classmethod
     def from_tensors(
         cls, structure: SS1Structure, z: nn.Parameter, bias: nn.Parameter | None
     ) -> SS1Linear:
-        """Wrap existing parameters without copying them; the sketch goes to z's device."""
+        """Wrap existing parameters without copying them; the sketch goes to z's device.
+
+        Raises:
+            StructureError: z or the bias does not have the structure's shape.
+        """
+        shape = (structure.out_features, structure.reduced_features)
+        if tuple(z.shape) != shape or (bias is not None and tuple(bias.shape) != shape[:1]):
+            raise StructureError(
+                f"z must be {list(shape)} and the bias [{shape[0]}], got {list(z.shape)} and "
+                f"{None if bias is None else list(bias.shape)}"
+            )
         module = cls(structure, bias is not None, device="meta")
         module.z = z
         module.bias = bias
@@ -62,7 +72,7 @@ class SS1Linear(nn.Module):
         return module
 
     def reset_parameters(self) -> None:
-        """Initialise as ``nn.Linear`` does: entries of W are ±entries of z, so z takes its range."""
+        """Initialise as ``nn.Linear``: entries of W are ± those of z, which so takes its range."""
         bound = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(self.z, -bound, bound)
         if self.bias is not None:

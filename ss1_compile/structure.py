@@ -122,7 +122,7 @@ class SS1Structure:
                 kernel, ``h = -((R3 + R2·j + R1·(g+1) + R0·(l+1))·8) mod B_K``, no signs; every W
                 of it has rank at most K/c).
             signed: draw signs; without effect on the affine family, which has none.
-            seed: any integer.
+            seed: any integer of at most 64 bits.
             affine_coefficients: ``(R0, R1, R2, R3)`` of an existing checkpoint of the authors;
                 ``None`` draws them from the seed.
 
@@ -138,22 +138,31 @@ class SS1Structure:
             block_k = default_block_k(in_features, reduction)
         _check_sizes(in_features, out_features, reduction, block_k)
         num_hashes = reduction if num_hashes is None else num_hashes
-        if not isinstance(num_hashes, int) or num_hashes < 1:
+        if not isinstance(num_hashes, int) or isinstance(num_hashes, bool) or num_hashes < 1:
             raise StructureError(f"num_hashes must be an integer of at least 1, got {num_hashes!r}")
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed.bit_length() > 64:
+            raise StructureError(f"seed must be an integer of at most 64 bits, got {seed!r:.80}")
         num_hashes = -(-out_features // layout.block_n(out_features, num_hashes))
         shape = (num_hashes, -(-in_features // (reduction * block_k)), reduction)
         if hash_family == "affine":
-            r0, r1, r2, r3 = affine_coefficients or _random_words(f"affine/{seed}", 4)
-            j, g, l = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")  # noqa: E741
+            coefficients = affine_coefficients or tuple(_random_words(f"affine/{seed}", 4))
+            if len(coefficients) != 4 or not all(isinstance(r, int) for r in coefficients):
+                raise StructureError(
+                    f"affine_coefficients must be four integers, got {affine_coefficients!r}"
+                )
+            r0, r1, r2, r3 = (r % block_k for r in coefficients)  # no overflow below
+            axes = (torch.arange(n, device="cpu") for n in shape)
+            j, g, l = torch.meshgrid(*axes, indexing="ij")  # noqa: E741
             rotations = -((r3 + r2 * j + r1 * (g + 1) + r0 * (l + 1)) * 8) % block_k
-            signs = torch.ones(shape, dtype=torch.int8)
+            signs = torch.ones(shape, dtype=torch.int8, device="cpu")
         else:
             key = f"independent/{seed}/{'x'.join(map(str, shape))}/{block_k}"
             count = shape[0] * shape[1] * shape[2]
-            words = torch.tensor(_random_words(key, count), dtype=torch.int64).view(shape)
+            drawn = _random_words(key, count)
+            words = torch.tensor(drawn, dtype=torch.int64, device="cpu").view(shape)
             rotations = (words >> 1) % (block_k // layout.VECTOR_WIDTH) * layout.VECTOR_WIDTH
             positive = (words & 1) == 0
-            signs = torch.where(positive, 1, -1) if signed else torch.ones_like(words)
+            signs = 2 * positive.long() - 1 if signed else torch.ones_like(words)
         return cls(
             in_features,
             out_features,
@@ -172,6 +181,8 @@ class SS1Structure:
             raise StructureError(
                 f"the sketch code must be int32 [J, G, c], got {code.dtype} {list(code.shape)}"
             )
+        if code.is_meta:
+            raise StructureError("the sketch code is on meta and has no values; load them first")
         rotations, signs = layout.unpack(code.cpu())
         return cls(in_features, out_features, code.shape[2], block_k, rotations, signs)
 
@@ -250,9 +261,12 @@ class SS1Structure:
             raise StructureError(f"unknown kind of sketch {values['kind']!r}")
         _check_sizes(*(values[k] for k in ("in_features", "out_features", "reduction", "block_k")))
         try:
-            code = torch.tensor(values["code"], dtype=torch.int32)
+            table = torch.tensor(values["code"], device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise StructureError(f"code is not a rectangular table of int32: {error}") from error
+        code = table.to(torch.int32)
+        if table.dtype != torch.int64 or not torch.equal(code.long(), table):
+            raise StructureError("code is not a rectangular table of int32")
         structure = cls.from_code(
             values["in_features"], values["out_features"], values["block_k"], code
         )
