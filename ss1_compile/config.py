@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import json
-import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -71,14 +71,17 @@ class SS1Config:
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
-            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+            listed = tuple(patterns) if isinstance(patterns, Iterable) else (None,)
+            if isinstance(patterns, str) or not all(isinstance(p, str) for p in listed):
                 raise ConfigError(f"{name} must be a sequence of patterns, got {patterns!r}")
-            object.__setattr__(self, name, tuple(patterns))
+            object.__setattr__(self, name, listed)
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(f"overrides must map patterns to reductions, got {self.overrides!r}")
         object.__setattr__(self, "overrides", dict(self.overrides))
         _require_int("reduction", self.reduction, 1)
         for pattern, reduction in self.overrides.items():
+            if not isinstance(pattern, str):
+                raise ConfigError(f"overrides must map patterns to reductions, got {pattern!r}")
             if reduction is not None:
                 _require_int(f"overrides[{pattern!r}]", reduction, 1)
         if self.num_hashes is not None:
@@ -86,10 +89,10 @@ class SS1Config:
         if self.block_k is not None:
             _require_int("block_k", self.block_k, 8)
             if self.block_k & (self.block_k - 1) or self.block_k > 1024:
-                raise ConfigError(
-                    f"block_k must be a power of two in 8 … 1024, got {self.block_k}"
-                )
+                raise ConfigError(f"block_k must be a power of two in 8 … 1024, got {self.block_k}")
         _require_int("seed", self.seed, None)
+        if self.seed.bit_length() > 64:
+            raise ConfigError("seed must be an integer of at most 64 bits")
         _require_int("min_features", self.min_features, 0)
         for name in ("signed", "allow_empty", "strict"):
             if not isinstance(getattr(self, name), bool):
@@ -112,6 +115,8 @@ class SS1Config:
         Raises:
             ConfigError: an unknown key (the nearest known one is named) or a bad value.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"options must map names to values, got {values!r}")
         reject_unknown_keys(values, [f.name for f in fields(cls)])
         return cls(**values)
 
@@ -182,8 +187,8 @@ def _require_int(name: str, value: object, least: int | None) -> None:
 def _require_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} must be a number, got {value!r}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{name} must be positive and finite, got {value}")
+    if not 0 < value <= sys.float_info.max:
+        raise ConfigError(f"{name} must be positive and finite, got {value!r:.80}")
 
 
 def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
