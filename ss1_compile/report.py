@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ss1_compile.errors import NothingToCompressError, SS1Warning
@@ -149,11 +150,13 @@ class Report:
             error = "" if layer.error is None else f"{layer.error:.3f} ({layer.error_of})"
             note = layer.reason or ("exact" if layer.exact else layer.projection or "")
             c = str(layer.reduction or "")
-            table.add_row(layer.name, layer.op, shape, c, size, error, note)
+            # Patterns such as "layer.[0-3].*" in a reason would read as markup.
+            cells = (layer.name, layer.op, shape, c, size, error, note)
+            table.add_row(*(escape(cell) for cell in cells))
         return table
 
     def __str__(self) -> str:
-        console = Console(width=140, no_color=True)
+        console = Console(width=140, no_color=True, force_terminal=False, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
