@@ -1,0 +1,18 @@
+"""Graph passes: find the linear layers of an FX graph and rewrite them to SS1 operators.
+
+One file each; every pass states what it rewrites and can be run alone on a hand-built graph.
+"""
+
+from ss1_compile.passes.frozen import FrozenValue
+from ss1_compile.passes.rewrite import Rewrite, WeightSource, rewrite_sites
+from ss1_compile.passes.sites import Site, Skipped, find_sites
+
+__all__ = [
+    "FrozenValue",
+    "Rewrite",
+    "Site",
+    "Skipped",
+    "WeightSource",
+    "find_sites",
+    "rewrite_sites",
+]

@@ -86,6 +86,14 @@ class Report:
                 return layer
         raise KeyError(name)
 
+    def record(self, layer: LayerReport) -> None:
+        """Add a row; a later row of the same name and operation (a recompilation) replaces it."""
+        for i, known in enumerate(self.layers):
+            if (known.name, known.op) == (layer.name, layer.op):
+                self.layers[i] = layer
+                return
+        self.layers.append(layer)
+
     @property
     def compressed(self) -> list[LayerReport]:
         """The layers that are SS1 now."""

@@ -233,7 +233,8 @@ class SS1Structure:
         """``X̃ [J, ..., K_c]`` of ``x [..., K]``, in x's dtype and device. Differentiable."""
         self._check_columns("x", x, self.in_features)
         flat = x.reshape(-1, self.in_features)
-        out = torch.ops.ss1.sketch(flat, self.code.to(x.device), self.reduced_features)
+        code = self.code.to(x.device)
+        out: Tensor = torch.ops.ss1.sketch(flat, code, self.reduced_features)
         return out.view(self.num_hashes, *x.shape[:-1], self.reduced_features)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""Rewrite linear layers to the SS1 operator.
+
+    F.linear(x, W, b)  ->  ss1::linear(x, sketch, z, b)
+
+``sketch`` and ``z`` become graph inputs: whoever calls the compiled graph supplies them, so that
+weights that change later are not baked in.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ss1_compile.passes.frozen import example
+from ss1_compile.passes.sites import Site
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where a rewritten site gets its tensors: example values, real or fake.
+
+    Attributes:
+        sketch: int32 ``[J, G, c]``.
+        z: ``[N, K_c]``.
+        bias: the corrected bias ``[N]``, or ``None`` to keep the node's own bias operand.
+    """
+
+    sketch: Tensor
+    z: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What became of one site: the new inputs, as placeholder nodes."""
+
+    site: Site
+    sketch: fx.Node
+    z: fx.Node
+    bias: fx.Node | None
+
+
+MakeInput = Callable[[fx.Graph, str, Tensor], fx.Node]
+
+
+def rewrite_sites(
+    graph: fx.Graph, sources: dict[Site, WeightSource], make_input: MakeInput
+) -> list[Rewrite]:
+    """Replace every site in ``sources`` and erase what it leaves unused.
+
+    Args:
+        graph: rewritten in place; linted.
+        sources: the tensors of each site.
+        make_input: creates a graph input (placeholder) of a given name and example value. Equal
+            tensors (the sketch of several sites, say) are created once.
+    """
+    started = time.perf_counter()
+    inputs: dict[int, fx.Node] = {}
+
+    def graph_input(name: str, value: Tensor) -> fx.Node:
+        if id(value) not in inputs:
+            inputs[id(value)] = make_input(graph, f"{name}_{len(inputs)}", value)
+        return inputs[id(value)]
+
+    rewrites = []
+    replaced: dict[fx.Node, fx.Node] = {}
+    for site, source in sources.items():
+        stem = str(site.weight.root.name)
+        rewrite = Rewrite(
+            site,
+            graph_input("ss1_sketch", source.sketch),
+            graph_input(f"{stem}_z", source.z),
+            None if source.bias is None else graph_input(f"{stem}_bias", source.bias),
+        )
+        _replace(graph, rewrite, replaced)
+        rewrites.append(rewrite)
+    for site in sources:
+        for node in reversed(site.weight.path):
+            if not node.users and not node._erased:
+                graph.erase_node(node)
+    graph.lint()
+    log.info("rewrote %d linears in %.1f ms", len(rewrites), 1e3 * (time.perf_counter() - started))
+    return rewrites
+
+
+def _replace(graph: fx.Graph, rewrite: Rewrite, replaced: dict[fx.Node, fx.Node]) -> None:
+    """Replace one site; ``replaced`` maps the sites before it, whose outputs it may read."""
+    node, operands = rewrite.site.node, rewrite.site.operands
+    with graph.inserting_before(node):
+        x = replaced.get(operands.x, operands.x)
+        bias, added = rewrite.bias or operands.bias, None
+        if operands.bias is not None and rewrite.bias is None:
+            value = example(operands.bias)
+            if not isinstance(value, Tensor) or tuple(value.shape) != rewrite.site.shape[:1]:
+                # addmm broadcasts its first operand, which may be the output of another site.
+                bias, added = None, replaced.get(operands.bias, operands.bias)
+        if operands.x_is_right:
+            x = graph.call_function(torch.transpose, (x, -2, -1))
+        arguments = (x, rewrite.sketch, rewrite.z, bias)
+        out = graph.call_function(torch.ops.ss1.linear.default, arguments)
+        out.meta.update(node.meta)
+        if operands.x_is_right:
+            out = graph.call_function(torch.transpose, (out, -2, -1))
+        if added is not None:
+            out = graph.call_function(torch.add, (out, added))
+        out.meta.update(node.meta)
+    node.replace_all_uses_with(out)
+    graph.erase_node(node)
+    replaced[node] = out

@@ -1,0 +1,276 @@
+"""Find the linear layers of a graph: ``y = x Wᵀ + b`` with a frozen ``W``, however it is spelt.
+
+A table maps each target to a normaliser, which returns the operands in ``F.linear``'s order or the
+reason why the node is no linear layer that can be rewritten. Nothing is passed over in silence.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ss1_compile.passes.frozen import FrozenValue, example, frozen_value
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The operands of ``y = x Wᵀ + b``, as nodes.
+
+    Attributes:
+        x: the input, ``[..., K]``; ``[..., K, M]`` if ``x_is_right``.
+        weight: the weight operand.
+        bias: the bias operand or ``None``.
+        weight_is_kn: the weight is stored ``[K, N]`` and not ``[N, K]``.
+        x_is_right: the node computes ``W x`` and not ``x Wᵀ``.
+    """
+
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None = None
+    weight_is_kn: bool = False
+    x_is_right: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer that can be rewritten.
+
+    Attributes:
+        node: the node that computes it.
+        operands: its operands.
+        weight: the weight operand as a function of a frozen input; 2-D.
+        bias: the bias likewise, or ``None`` if there is none or it is computed in the graph.
+        shape: ``(N, K)``.
+    """
+
+    node: fx.Node
+    operands: Operands
+    weight: FrozenValue
+    bias: FrozenValue | None
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A node with a frozen operand that multiplies like a linear layer but is left alone."""
+
+    node: fx.Node
+    weight: FrozenValue | None
+    reason: str
+
+
+Normaliser = Callable[[fx.Node, frozenset[fx.Node]], Operands | str | None]
+"""Returns operands, a reason, or ``None`` for a node that has nothing to do with weights."""
+
+
+def find_sites(graph: fx.Graph, frozen: Iterable[fx.Node]) -> tuple[list[Site], list[Skipped]]:
+    """All linear layers of ``graph`` whose weight is a view or cast of one of ``frozen``.
+
+    A weight with any other use (an embedding it is tied to, an in-place update) is left alone:
+    both uses must see the same values.
+    """
+    roots = frozenset(frozen)
+    sites: list[Site] = []
+    skipped: list[Skipped] = []
+    for node in graph.nodes:
+        normalise = _normaliser(node)
+        found = normalise(node, roots) if normalise else None
+        if isinstance(found, str):
+            skipped.append(Skipped(node, _first_frozen(node, roots), found))
+        elif isinstance(found, Operands):
+            site = _site(node, found, roots)
+            if isinstance(site, Site):
+                sites.append(site)
+            else:
+                skipped.append(Skipped(node, frozen_value(found.weight, roots), site))
+    return _without_shared(sites, skipped)
+
+
+def _site(node: fx.Node, operands: Operands, roots: frozenset[fx.Node]) -> Site | str:
+    weight = frozen_value(operands.weight, roots)
+    assert weight is not None
+    value, x = example(weight.node), example(operands.x)
+    if not isinstance(value, Tensor) or not isinstance(x, Tensor):
+        return "the graph carries no shapes"
+    if value.dim() != 2:
+        return f"the weight has {value.dim()} dimensions, not 2"
+    if not value.is_floating_point() or value.layout != torch.strided:
+        return f"the weight is {value.dtype}, {value.layout}"
+    n, k = reversed(value.shape) if operands.weight_is_kn else value.shape
+    bias = frozen_value(operands.bias, roots) if operands.bias is not None else None
+    if bias is not None and tuple(example(bias.node).shape) != (n,):
+        bias = None
+    return Site(node, operands, weight, bias, (int(n), int(k)))
+
+
+def _without_shared(sites: list[Site], skipped: list[Skipped]) -> tuple[list[Site], list[Skipped]]:
+    """Move the sites whose weight has other users to ``skipped``."""
+    consumers = {(site.node, site.weight.node) for site in sites}
+    kept: list[Site] = []
+    for site in sites:
+        other = _other_user(site.weight.root, consumers)
+        if other is None:
+            kept.append(site)
+        else:
+            reason = f"the weight is also used by {_describe(other)}"
+            skipped.append(Skipped(site.node, site.weight, reason))
+    order = {node: i for i, node in enumerate(sites[0].node.graph.nodes)} if sites else {}
+    skipped.sort(key=lambda entry: order.get(entry.node, 0))
+    return kept, skipped
+
+
+def _other_user(node: fx.Node, consumers: set[tuple[fx.Node, fx.Node]]) -> fx.Node | None:
+    for user in node.users:
+        if (user, node) in consumers:
+            continue
+        if frozen_value(user, frozenset({node})) is None:
+            return user
+        other = _other_user(user, consumers)
+        if other is not None:
+            return other
+    return None
+
+
+def _describe(node: fx.Node) -> str:
+    if node.op == "output":
+        return "the graph's output"
+    return getattr(node.target, "__name__", str(node.target))
+
+
+# --- normalisers --------------------------------------------------------------------------------
+
+
+def _argument(node: fx.Node, position: int, *names: str, default: Any = None) -> Any:
+    if len(node.args) > position:
+        return node.args[position]
+    for name in names:
+        if name in node.kwargs:
+            return node.kwargs[name]
+    return default
+
+
+def _linear(node: fx.Node, roots: frozenset[fx.Node]) -> Operands | str | None:
+    x, weight = _argument(node, 0, "input"), _argument(node, 1, "weight")
+    if frozen_value(weight, roots) is None:
+        return "the weight is computed in the graph or trained, it is no frozen parameter"
+    return Operands(x, weight, _argument(node, 2, "bias"))
+
+
+def _matmul(node: fx.Node, roots: frozenset[fx.Node]) -> Operands | str | None:
+    left = _argument(node, 0, "input", "self")
+    right = _argument(node, 1, "other", "mat2", "vec", "tensor2")
+    left_frozen = frozen_value(left, roots) is not None
+    right_frozen = frozen_value(right, roots) is not None
+    if left_frozen and right_frozen:
+        return "both operands are frozen: a constant, not a layer"
+    if right_frozen:
+        return Operands(left, right, weight_is_kn=True)
+    if left_frozen:
+        x = example(right)
+        return Operands(right, left, x_is_right=not isinstance(x, Tensor) or x.dim() > 1)
+    return None  # a product of activations, such as attention scores
+
+
+def _addmm(node: fx.Node, roots: frozenset[fx.Node]) -> Operands | str | None:
+    bias = _argument(node, 0, "input", "self")
+    x, weight = _argument(node, 1, "mat1"), _argument(node, 2, "mat2")
+    if frozen_value(weight, roots) is None:
+        if frozen_value(x, roots) is None:
+            return None
+        return "addmm with the weight on the left"
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        return "addmm with alpha or beta other than 1"
+    return Operands(x, weight, bias, weight_is_kn=True)
+
+
+def _reason(reason: str) -> Normaliser:
+    def refuse(node: fx.Node, roots: frozenset[fx.Node]) -> str | None:
+        return reason if _first_frozen(node, roots) is not None else None
+
+    return refuse
+
+
+def _einsum(node: fx.Node, roots: frozenset[fx.Node]) -> str | None:
+    found = _first_frozen(node, roots)
+    if found is None:
+        return None
+    return f"einsum {node.args[0]!r} with a weight is not rewritten; use F.linear"
+
+
+def _convolution(node: fx.Node, roots: frozenset[fx.Node]) -> str | None:
+    weight = example(_argument(node, 1, "weight"))
+    if not isinstance(weight, Tensor) or any(size != 1 for size in weight.shape[2:]):
+        return None  # a real convolution is no linear layer
+    return "a 1×1 convolution is not rewritten; use F.linear on channels-last input"
+
+
+def _first_frozen(node: fx.Node, roots: frozenset[fx.Node]) -> FrozenValue | None:
+    """The first operand of at least two dimensions that is frozen."""
+    for operand in node.all_input_nodes:
+        value = frozen_value(operand, roots)
+        if value is not None and getattr(example(operand), "ndim", 2) >= 2:
+            return value
+    return None
+
+
+_BATCHED = _reason("a batched weight (one matrix per group) is not rewritten")
+_ATTENTION = _reason(
+    "an opaque attention operator holds its projections inside; "
+    "call the projections as linear layers to have them rewritten"
+)
+_aten = torch.ops.aten
+
+_FUNCTIONS: dict[Any, Normaliser] = {
+    F.linear: _linear,
+    torch._C._nn.linear: _linear,
+    _aten.linear.default: _linear,
+    torch.mm: _matmul,
+    torch.matmul: _matmul,
+    torch.mv: _matmul,
+    operator.matmul: _matmul,
+    _aten.mm.default: _matmul,
+    _aten.matmul.default: _matmul,
+    _aten.mv.default: _matmul,
+    torch.addmm: _addmm,
+    _aten.addmm.default: _addmm,
+    torch.bmm: _BATCHED,
+    torch.baddbmm: _BATCHED,
+    _aten.bmm.default: _BATCHED,
+    _aten.baddbmm.default: _BATCHED,
+    torch.einsum: _einsum,
+    torch.functional.einsum: _einsum,
+    _aten.einsum.default: _einsum,
+    torch.conv1d: _convolution,
+    torch.conv2d: _convolution,
+    torch.conv3d: _convolution,
+    _aten.conv1d.default: _convolution,
+    _aten.conv2d.default: _convolution,
+    _aten.convolution.default: _convolution,
+    F.multi_head_attention_forward: _ATTENTION,
+    torch._transformer_encoder_layer_fwd: _ATTENTION,
+    torch._native_multi_head_attention: _ATTENTION,
+    F.bilinear: _reason("a bilinear form is no linear layer"),
+}
+_METHODS: dict[str, Normaliser] = {
+    "mm": _matmul,
+    "matmul": _matmul,
+    "mv": _matmul,
+    "__matmul__": _matmul,
+    "addmm": _addmm,
+    "bmm": _BATCHED,
+    "baddbmm": _BATCHED,
+}
+
+
+def _normaliser(node: fx.Node) -> Normaliser | None:
+    if node.op == "call_function":
+        return _FUNCTIONS.get(node.target)
+    if node.op == "call_method":
+        return _METHODS.get(str(node.target))
+    return None

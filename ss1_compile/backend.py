@@ -1,0 +1,324 @@
+"""``torch.compile(model, backend="ss1")``: one line, no change to the model.
+
+Every linear layer of the captured graph with a frozen weight becomes ``ss1::linear``; the rest goes
+to the inner backend (Inductor) as it is. The dense weights stay with the model and are projected
+on the way in (:mod:`ss1_compile.binding`); use :func:`ss1_compile.compress` to free them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from ss1_compile.binding import Recipe, Slot, bind_fresh, bound_call
+from ss1_compile.config import SS1Config, reject_unknown_keys
+from ss1_compile.errors import ConfigError, TrainingError, UnhandledLinearError
+from ss1_compile.passes import Site, Skipped, WeightSource, find_sites, rewrite_sites
+from ss1_compile.passes.frozen import example
+from ss1_compile.projection import Projection
+from ss1_compile.report import LayerReport, Report, tensor_bytes
+
+log = logging.getLogger(__name__)
+
+_OWN_OPTIONS = ("inner_backend", "inductor", "mode", "report")
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What ``options={...}`` may hold besides the fields of :class:`SS1Config`.
+
+    Attributes:
+        config: the compression.
+        inner_backend: name of the backend that compiles the rewritten graph.
+        inductor: Inductor settings for this compilation only (``config_patches``).
+        report: a :class:`Report` that receives a row per linear layer.
+    """
+
+    config: SS1Config
+    inner_backend: str = "inductor"
+    inductor: Mapping[str, Any] | None = None
+    report: Report | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> BackendOptions:
+        """Validate ``options`` and ``mode`` of ``torch.compile``.
+
+        Raises:
+            ConfigError: an unknown option (the nearest one is named), mode or a bad value.
+        """
+        options = dict(options or {})
+        reject_unknown_keys(options, [*(f.name for f in fields(SS1Config)), *_OWN_OPTIONS])
+        own = {name: options.pop(name) for name in _OWN_OPTIONS if name in options}
+        mode = own.pop("mode", mode)
+        if not isinstance(own.get("report"), Report | None):
+            raise ConfigError(f"report must be an ss1_compile.Report, got {own['report']!r}")
+        inductor = dict(own.pop("inductor", None) or {})
+        if mode not in (None, "default"):
+            try:
+                inductor = {**torch._inductor.list_mode_options(mode), **inductor}
+            except RuntimeError as error:
+                raise ConfigError(f"mode={mode!r}: {error}") from error
+        return cls(SS1Config.from_dict(options), inductor=inductor or None, **own)
+
+
+def ss1(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend, registered as ``"ss1"``.
+
+    Args:
+        gm: the captured graph; not modified.
+        example_inputs: its inputs; parameters are real tensors.
+        options: fields of :class:`SS1Config`, ``inner_backend``, ``inductor``, ``mode``,
+            ``report``.
+        mode: as in ``torch.compile``; handed to Inductor.
+
+    Raises:
+        ConfigError: unknown or bad options.
+        TrainingError: gradients are on and a weight that would be rewritten requires them.
+        NothingToCompressError: the whole model is one graph and nothing in it was rewritten.
+        UnhandledLinearError: ``strict=True`` and a linear layer cannot be handled.
+    """
+    parsed = BackendOptions.parse(options, mode)
+    return _Compilation(_copy(gm), example_inputs, parsed).run(_is_whole_model(gm))
+
+
+class _Compilation:
+    """One graph on its way through the backend."""
+
+    def __init__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions
+    ) -> None:
+        self.gm, self.inputs, self.options = gm, list(example_inputs), options
+        self.config = options.config
+        self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self.index = {node: i for i, node in enumerate(self.placeholders)}
+        self.report = Report()
+        self.projections: dict[Site, tuple[Slot, Projection]] = {}
+
+    def run(self, whole_model: bool) -> Callable[..., Any]:
+        frozen = [n for n in self.placeholders if _is_static(n)]
+        sites, skipped = find_sites(self.gm.graph, frozen)
+        order = {node: i for i, node in enumerate(self.gm.graph.nodes)}
+        found: list[Site | Skipped] = [*sites, *skipped]
+        for entry in sorted(found, key=lambda entry: order[entry.node]):
+            if isinstance(entry, Site):
+                self._consider(entry)
+            else:
+                self._leave(entry)
+        ops = (torch.ops.ss1.linear, torch.ops.ss1.linear.default)
+        already = [n for n in self.gm.graph.nodes if n.target in ops]
+        if self.options.report is not None:
+            for row in self.report:
+                self.options.report.record(row)
+        if whole_model and not already:
+            self.report.require_some(self.config)
+        self.report.warn_if_ruined(self.config.warn_error)
+        log.info("graph of %d nodes: %s", len(order), self.report.summary())
+        if not self.projections:
+            return self._inner(self.gm, self.inputs)
+        return self._rewrite()
+
+    # --- deciding -----------------------------------------------------------------------------
+
+    def _consider(self, site: Site) -> None:
+        """Project the site's weight, or leave it with a reason."""
+        name = _layer_name(site.weight.root)
+        n, k = site.shape
+        structure = self.config.structure_for(name, k, n)
+        if isinstance(structure, str):
+            self._add_row(site, name, reason=structure)
+            return
+        weight = self.inputs[self.index[site.weight.root]]
+        if torch.is_grad_enabled() and weight.requires_grad:
+            raise TrainingError(
+                f"{name} requires gradients: backend='ss1' computes with a projection of it, so it "
+                f"would not train. Compile under torch.no_grad() for inference, or call "
+                f"ss1_compile.compress(model, ...) first and train the compressed model"
+            )
+        slot = self._slot(site, name, structure)
+        bias = None if slot.bias is None else self.inputs[slot.bias]
+        projection = bind_fresh(slot.recipe, slot.recipe.spec, weight, bias)
+        limit = self.config.max_error
+        if limit is not None and projection.error > limit:
+            reason = f"relative error {projection.error:.3f} exceeds max_error = {limit}"
+            self._add_row(site, name, reason=reason, projection=projection)
+            return
+        self.projections[site] = (slot, projection)
+        self._add_row(site, name, projection=projection, reduction=structure.reduction)
+
+    def _slot(self, site: Site, name: str, structure: Any) -> Slot:
+        weight, transposed = site.weight.function(), site.operands.weight_is_kn
+        return Slot(
+            Recipe(
+                name=name,
+                structure=structure,
+                method=self.config.projection,
+                damping=self.config.damping,
+                weight=(lambda w: weight(w).t()) if transposed else weight,
+                bias=site.bias.function() if site.bias else None,
+                key=(site.weight.key, transposed, site.bias.key if site.bias else None),
+            ),
+            weight=self.index[site.weight.root],
+            bias=self.index[site.bias.root] if site.bias else None,
+        )
+
+    def _leave(self, entry: Skipped) -> None:
+        name = _layer_name(entry.weight.root) if entry.weight else entry.node.name
+        if self.config.strict:
+            raise UnhandledLinearError(f"{name}: {entry.reason} (strict=True)")
+        self._add_row(entry, name, reason=entry.reason)
+
+    def _add_row(
+        self,
+        entry: Site | Skipped,
+        name: str,
+        *,
+        reason: str | None = None,
+        projection: Projection | None = None,
+        reduction: int | None = None,
+    ) -> None:
+        value = example(entry.weight.node) if entry.weight else None
+        before = tensor_bytes([value]) if isinstance(value, Tensor) else 0
+        shape: tuple[int, int] | None = None
+        if isinstance(entry, Site):
+            shape = entry.shape
+        elif isinstance(value, Tensor) and value.dim() == 2:
+            shape = (value.shape[0], value.shape[1])
+        self.report.layers.append(
+            LayerReport(
+                name=name,
+                op=getattr(entry.node.target, "__name__", str(entry.node.target)),
+                shape=shape,
+                bytes_before=before,
+                bytes_after=tensor_bytes([projection.z])
+                if projection is not None and reason is None
+                else before,
+                reduction=reduction,
+                error=projection.error if projection else None,
+                error_of=projection.error_of if projection else None,
+                projection=projection.method if projection else None,
+                reason=reason,
+            )
+        )
+
+    # --- rewriting ----------------------------------------------------------------------------
+
+    def _rewrite(self) -> Callable[..., Any]:
+        graph = self.gm.graph
+        fake_mode = torch._guards.detect_fake_mode(self.inputs)
+        context = torch._guards.TracingContext.try_get()
+        if fake_mode is None and context is not None:
+            fake_mode = context.fake_mode
+        slots: list[Slot] = []
+        layout: dict[int, tuple[int, str]] = {}  # id of a new input's tensor → where it comes from
+        constants: list[Tensor] = []
+        sketches: dict[Any, Tensor] = {}
+        sources: dict[Site, WeightSource] = {}
+        for site, (slot, projection) in self.projections.items():
+            sketch_key = (slot.recipe.structure.code.numpy().tobytes(), projection.z.device)
+            if sketch_key not in sketches:
+                sketch = slot.recipe.structure.code.to(projection.z.device, copy=True)
+                sketches[sketch_key] = sketch
+                layout[id(sketch)] = (len(constants), "constant")
+                constants.append(sketch)
+            layout.setdefault(id(projection.z), (len(slots), "z"))
+            if projection.bias is not None:
+                layout.setdefault(id(projection.bias), (len(slots), "bias"))
+            slots.append(slot)
+            bias = projection.bias if slot.bias is not None else None
+            sources[site] = WeightSource(sketches[sketch_key], projection.z, bias)
+        new_inputs: list[tuple[Any, tuple[int, str]]] = []
+        last = self.placeholders[-1]
+
+        def make_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
+            nonlocal last
+            with graph.inserting_after(last):
+                last = graph.placeholder(name)
+            fake = fake_mode.from_tensor(value, static_shapes=True) if fake_mode else value
+            # AOTAutograd reads these: a static input is neither guarded nor copied by CUDA graphs.
+            last._dynamo_source = None
+            last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            last.meta["example_value"] = fake
+            new_inputs.append((fake, layout[id(value)]))
+            return last
+
+        rewrite_sites(graph, sources, make_input)
+        kept = [i for i, node in enumerate(self.placeholders) if node.users]
+        for node in self.placeholders:
+            if not node.users:
+                graph.erase_node(node)
+        self.gm.recompile()
+        inputs = [*(self.inputs[i] for i in kept), *(fake for fake, _ in new_inputs)]
+        compiled = self._inner(self.gm, inputs)
+        return bound_call(compiled, kept, slots, [where for _, where in new_inputs], constants)
+
+    def _inner(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self.options.inner_backend == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            patches = dict(self.options.inductor) if self.options.inductor else None
+            compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+            return cast(Callable[..., Any], compiled)
+        if self.options.inductor:
+            raise ConfigError(
+                f"mode and inductor settings need inner_backend='inductor', "
+                f"not {self.options.inner_backend!r}"
+            )
+        inner: Callable[..., Any] = torch._dynamo.lookup_backend(self.options.inner_backend)(
+            gm, list(inputs)
+        )
+        return inner
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with the metadata AOTAutograd needs; Dynamo rereads the original afterwards."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, mapping))
+    for old, new in mapping.items():
+        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copy._param_name_to_source = gm._param_name_to_source
+    return copy
+
+
+def _is_static(node: fx.Node) -> bool:
+    """Whether a placeholder is a parameter or buffer of a module that Dynamo holds fixed."""
+    is_static = bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
+    return is_static or isinstance(node.meta.get("example_value"), nn.Parameter)
+
+
+def _layer_name(node: fx.Node) -> str:
+    """The name :func:`ss1_compile.compress` would use: that of the module that holds ``weight``.
+
+    ``"encoder.0"`` from ``L['self']._modules['encoder']._modules['0']._parameters['weight']``;
+    parameters of another name keep it (``"attention.in_proj"``).
+    """
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return node.name
+    text = source.name if isinstance(source.name, str) else source.name()
+    parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", text)
+    return ".".join(parts).removesuffix(".weight") if parts else text
+
+
+def _is_whole_model(gm: fx.GraphModule) -> bool:
+    """Whether the graph is a whole call: no graph break ends it and none precedes it."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or reason.graph_break:
+        return False
+    return not any("torch_dynamo_resume_in" in frame.name for frame in reason.user_stack)

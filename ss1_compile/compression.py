@@ -1,0 +1,388 @@
+"""``compress``: swap the linear layers of a module for SS1 layers, in place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from rich.progress import track
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ss1_compile.config import SS1Config
+from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError, UnhandledLinearError
+from ss1_compile.modules import SS1Linear
+from ss1_compile.projection import project
+from ss1_compile.report import LayerReport, Report, tensor_bytes
+from ss1_compile.statistics import Statistics, calibrate, execution_groups, statistics_of
+from ss1_compile.structure import SS1Structure
+
+
+@dataclass
+class _Layer:
+    """One linear module, perhaps registered under several names, and what becomes of it."""
+
+    module: nn.Module
+    names: list[str]
+    structure: SS1Structure | None = None
+    reason: str | None = None
+    by_choice: bool = False
+    """Whether the configuration asked for it to stay dense."""
+    row: LayerReport | None = None
+    replacement: SS1Linear | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.module.weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return cast("nn.Parameter | None", self.module.bias)
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self.name}.weight"
+
+
+def compress(
+    model: nn.Module,
+    config: SS1Config | None = None,
+    calibration: Iterable[Any] | Statistics | None = None,
+    *,
+    structures: Mapping[str, SS1Structure] | None = None,
+    sequential: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Report:
+    """Replace linear layers by :class:`SS1Linear`, in place, freeing the dense weights.
+
+    Handles ``nn.Linear`` and Hugging Face's ``Conv1D``. The model is unchanged if anything fails.
+
+    Args:
+        model: any module; its dtype, devices, training mode and ``requires_grad`` are kept.
+        config: what to compress and how; or pass the fields as keywords.
+        calibration: batches of inputs (see :func:`calibrate`), or statistics collected earlier.
+            Statistics already bound to the weights are used without it.
+        structures: qualified name → structure, for weights that are known to have one (a healed
+            model that was materialised, say): these are recovered exactly.
+        sequential: collect the statistics of each layer from the already compressed prefix. Slower
+            (one pass over the data per group of layers that share an input), and more accurate.
+        progress: show progress bars.
+        **options: fields of :class:`SS1Config`, in place of ``config``.
+
+    Returns:
+        A row per linear layer; print it.
+
+    Raises:
+        ConfigError: bad options.
+        CalibrationError: the calibration data are empty, not finite, or missing where needed.
+        ProjectionError: a weight is not finite, or on the meta device.
+        NothingToCompressError: no layer was compressed and ``allow_empty`` is off.
+        UnhandledLinearError: ``strict`` is on and a layer cannot be handled.
+    """
+    if config is not None and options:
+        raise ConfigError(f"pass either config or options, not both ({', '.join(options)})")
+    config = config or SS1Config.from_dict(options)
+    layers = _find_layers(model, config, structures or {})
+    chosen = [layer for layer in layers if layer.structure is not None]
+    for layer in layers:
+        if config.strict and layer.reason is not None and not layer.by_choice:
+            raise UnhandledLinearError(f"{layer.name}: {layer.reason} (strict=True)")
+    _check(chosen, config, calibration, sequential)
+    if sequential:
+        _compress_sequentially(model, chosen, config, calibration, progress)
+    else:
+        _use_calibration(model, chosen, calibration, progress)
+        for layer in track(chosen, "projecting", disable=not progress, transient=True):
+            _project(layer, config)
+    report = _report(layers)
+    report.require_some(config)
+    report.warn_if_ruined(config.warn_error)
+    for layer in chosen:
+        _swap(model, layer)
+    return report
+
+
+# --- finding ------------------------------------------------------------------------------------
+
+
+def _find_layers(
+    model: nn.Module, config: SS1Config, structures: Mapping[str, SS1Structure]
+) -> list[_Layer]:
+    by_module: dict[int, _Layer] = {}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module.named_parameters(recurse=False):
+            owner = f"{name}.{attribute}" if name else attribute
+            if owner not in owners.setdefault(id(parameter), []):
+                owners[id(parameter)].append(owner)
+        if _is_linear_like(module):
+            if not name:
+                raise ConfigError(
+                    f"the model is itself a {type(module).__name__}; wrap it in nn.Sequential so "
+                    f"that it can be replaced"
+                )
+            by_module.setdefault(id(module), _Layer(module, [])).names.append(name)
+    unknown = set(structures) - {name for layer in by_module.values() for name in layer.names}
+    if unknown:
+        raise ConfigError(f"structures names no linear layer of the model: {sorted(unknown)}")
+    layers = list(by_module.values())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for layer in layers:
+        reason = _unhandled(layer, modules)
+        if reason is None:
+            own = {f"{name}.weight" for name in layer.names}
+            tied = [o for o in owners[id(layer.weight)] if o not in own]
+            if tied:
+                reason = f"the weight is tied to {tied[0]}"
+        if reason is not None:
+            layer.reason = reason
+            continue
+        n, k = _shape(layer)
+        structure: SS1Structure | str
+        given = next((structures[name] for name in layer.names if name in structures), None)
+        structure = given or config.structure_for(layer.name, k, n)
+        if isinstance(structure, str):
+            layer.reason, layer.by_choice = structure, True
+        elif (structure.out_features, structure.in_features) != (n, k):
+            raise ConfigError(
+                f"{layer.name}: its structure is for {structure.out_features} × "
+                f"{structure.in_features} and its weight is {n} × {k}"
+            )
+        else:
+            layer.structure = structure
+    return layers
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's ``Conv1D`` (GPT-2): a linear layer whose weight is ``[K, N]``."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _is_linear_like(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _shape(layer: _Layer) -> tuple[int, int]:
+    """``(N, K)``."""
+    rows, columns = layer.weight.shape
+    return (columns, rows) if _is_conv1d(layer.module) else (rows, columns)
+
+
+def _unhandled(layer: _Layer, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why the module cannot be swapped, or ``None`` if it can."""
+    module = layer.module
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} overrides forward"
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "the weight is parametrised (weight norm, LoRA, ...): merge it first"
+    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
+        return "the module has hooks, which a replacement would lose"
+    if layer.weight.dim() != 2 or not layer.weight.is_floating_point():
+        return f"the weight is {layer.weight.dtype} {list(layer.weight.shape)}"
+    for name in layer.names:
+        parent = modules[name.rpartition(".")[0]]
+        if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            return f"{type(parent).__name__} reads its weight directly in a fused operator"
+    return None
+
+
+def _check(
+    chosen: list[_Layer],
+    config: SS1Config,
+    calibration: Iterable[Any] | Statistics | None,
+    sequential: bool,
+) -> None:
+    for layer in chosen:
+        if layer.weight.is_meta:
+            raise ProjectionError(
+                f"{layer.name} is on the meta device and has no values to project; load the dense "
+                f"weights first, or load a compressed checkpoint with ss1_compile.load"
+            )
+    if sequential and (calibration is None or isinstance(calibration, Statistics)):
+        raise CalibrationError(
+            "sequential=True runs the model on the calibration batches layer by layer; pass them"
+        )
+    if config.projection == "calibrated" and calibration is None:
+        missing = [x.name for x in chosen if statistics_of(x.weight) is None]
+        if missing:
+            raise CalibrationError(
+                f"projection='calibrated' and no input statistics for {missing[0]}"
+                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; pass "
+                f"calibration=..., or run ss1_compile.calibrate(model, data) first"
+            )
+
+
+# --- projecting ---------------------------------------------------------------------------------
+
+
+def _use_calibration(
+    model: nn.Module,
+    chosen: list[_Layer],
+    calibration: Iterable[Any] | Statistics | None,
+    progress: bool,
+) -> None:
+    if isinstance(calibration, Statistics):
+        calibration.bind(model)
+    elif calibration is not None and chosen:
+        names = [layer.weight_name for layer in chosen]
+        calibrate(model, calibration, names=names, progress=progress)
+
+
+def _project(layer: _Layer, config: SS1Config) -> None:
+    """Make the layer's replacement and its row of the report."""
+    assert layer.structure is not None
+    module = layer.module
+    statistics = statistics_of(layer.weight)
+    before = tensor_bytes([layer.weight, layer.bias])
+    row = _row(layer, before)
+    if config.projection == "calibrated" and statistics is None:
+        reason = "the calibration data never reached it"
+        layer.row, layer.reason = replace(row, reason=reason), reason
+        return
+    weight = layer.weight.detach()
+    projection = project(
+        weight.t() if _is_conv1d(module) else weight,
+        layer.structure,
+        None if layer.bias is None else layer.bias.detach(),
+        statistics=statistics,
+        method=config.projection,
+        damping=config.damping,
+        name=layer.name,
+    )
+    row = replace(
+        row,
+        error=projection.error,
+        error_of=projection.error_of,
+        projection=projection.method,
+    )
+    if config.max_error is not None and projection.error > config.max_error:
+        layer.reason = (
+            f"relative error {projection.error:.3f} exceeds max_error = {config.max_error}"
+        )
+        layer.row = replace(row, reason=layer.reason)
+        return
+    bias = None
+    if projection.bias is not None and layer.bias is not None:
+        bias = nn.Parameter(projection.bias, layer.bias.requires_grad)
+    replacement = SS1Linear.from_tensors(
+        layer.structure, nn.Parameter(projection.z, layer.weight.requires_grad), bias
+    )
+    layer.replacement = replacement.train(module.training)
+    after = tensor_bytes([replacement.z, replacement.bias, replacement.sketch])
+    layer.row = replace(row, bytes_after=after, reduction=layer.structure.reduction)
+
+
+def _compress_sequentially(
+    model: nn.Module, chosen: list[_Layer], config: SS1Config, data: Any, progress: bool
+) -> None:
+    """Project group by group in order of execution, each on the compressed prefix's inputs."""
+    batches = list(data)
+    if not batches:
+        raise CalibrationError("the calibration data are empty")
+    by_name = {layer.weight_name: layer for layer in chosen}
+    groups = execution_groups(model, batches[0], list(by_name))
+    reached = {name for group in groups for name in group}
+    groups += [[name] for name in by_name if name not in reached]
+    with _restored(model, chosen):
+        for group in track(groups, "compressing", disable=not progress, transient=True):
+            if reached.issuperset(group):
+                calibrate(model, batches, names=group, progress=False)
+            for name in group:
+                _project(by_name[name], config)
+            for name in group:
+                _swap(model, by_name[name])
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module, layers: list[_Layer]) -> Iterator[None]:
+    """Put the dense modules back on leaving: nothing is final until everything has succeeded."""
+    try:
+        yield
+    finally:
+        for layer in layers:
+            for name in layer.names:
+                model.set_submodule(name, layer.module)
+
+
+def _swap(model: nn.Module, layer: _Layer) -> None:
+    if layer.replacement is not None:
+        for name in layer.names:
+            model.set_submodule(name, layer.replacement)
+
+
+# --- reporting ----------------------------------------------------------------------------------
+
+
+def _row(layer: _Layer, size: int) -> LayerReport:
+    return LayerReport(
+        name=layer.name,
+        op=type(layer.module).__name__,
+        shape=_shape(layer) if layer.weight.dim() == 2 else None,
+        bytes_before=size,
+        bytes_after=size,
+        reason=layer.reason,
+    )
+
+
+def _report(layers: list[_Layer]) -> Report:
+    report = Report()
+    for layer in layers:
+        if layer.row is None:
+            layer.row = _row(layer, tensor_bytes([layer.weight, layer.bias]))
+        report.layers.append(layer.row)
+    return report
+
+
+def compile(
+    model: nn.Module,
+    config: SS1Config | None = None,
+    calibration: Iterable[Any] | Statistics | None = None,
+    *,
+    sequential: bool = False,
+    progress: bool = True,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    report: Report | None = None,
+) -> nn.Module:
+    """:func:`compress` in place, then ``torch.compile(model, backend="ss1")``.
+
+    Args:
+        model: see :func:`compress`.
+        config: see :func:`compress`.
+        calibration: see :func:`compress`.
+        sequential: see :func:`compress`.
+        progress: see :func:`compress`.
+        mode: see ``torch.compile``.
+        dynamic: see ``torch.compile``.
+        fullgraph: see ``torch.compile``.
+        report: receives the rows of the compression report.
+
+    Returns:
+        The compiled module. It shares its parameters with ``model``.
+
+    Raises:
+        SS1Error: as :func:`compress`.
+    """
+    config = config or SS1Config()
+    rows = compress(model, config, calibration, sequential=sequential, progress=progress)
+    if report is not None:
+        for row in rows:
+            report.record(row)
+    # What compress left dense it left for a reason: the backend sees nothing but SS1 layers.
+    options: dict[str, Any] = {"include": (), "allow_empty": True}
+    if mode is not None:
+        options["mode"] = mode
+    compiled = torch.compile(
+        model, backend="ss1", dynamic=dynamic, fullgraph=fullgraph, options=options
+    )
+    return cast(nn.Module, compiled)
