@@ -193,3 +193,11 @@ def test_tensor_bytes():
     tensors = [torch.zeros(3, 5), None, torch.zeros(7, dtype=torch.bfloat16), torch.zeros(0)]
     assert tensor_bytes(tensors) == 3 * 5 * 4 + 7 * 2
     assert tensor_bytes([]) == 0
+
+
+def test_record_replaces_a_row_of_the_same_name_and_operation(report):
+    report.record(row("a.up", 0.5))
+    assert [layer.name for layer in report] == ["a.up", "head", "a.down", "a.new"]
+    assert report["a.up"].error == 0.5
+    report.record(row("a.up", 0.5, op="aten.addmm"))
+    assert len(report) == 5
