@@ -61,7 +61,7 @@ def unsketch(g: Tensor, code: Tensor, in_features: int) -> Tensor:
     if not is_rotation(code):
         groups = g.reshape(num_hashes, rows, num_supergroups, code.shape[3])
         out = torch.einsum("jmgr,jgkr->mgk", groups, code.to(g.dtype))
-        return out.reshape(rows, -1)[:, :in_features].contiguous()
+        return out.reshape(rows, num_supergroups * size)[:, :in_features].contiguous()
     slots, signs = target_slots(code, reduced_features, num_supergroups * size)
     dtype = _ACCUMULATE.get(g.dtype, g.dtype)
     total = torch.zeros(rows, slots.shape[1], dtype=dtype, device=g.device)
@@ -70,21 +70,41 @@ def unsketch(g: Tensor, code: Tensor, in_features: int) -> Tensor:
     return total[:, :in_features].to(g.dtype).contiguous()
 
 
-def grouped_matmul(sketched: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
-    """``y[:, block j] = X̃[j] @ z[block j]ᵀ + b``: ``[J, M, K_c] × [N, K_c] → [M, N]``."""
+def grouped_matmul(
+    sketched: Tensor, z: Tensor, bias: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """``y[:, block j] = X̃[j] @ z[block j]ᵀ + b``: ``[J, M, K_c] × [N, K_c] → [M, N]``.
+
+    One batched product over the J blocks, written straight into the columns of ``y`` (``out`` if
+    given). J separate products are slower, most for few rows (4 rows, 768 → 768, c = 4: 0.11
+    against 0.07 ms).
+    """
     num_hashes, rows, reduced_features = sketched.shape
     out_features = z.shape[0]
-    if num_hashes == 1:
-        return F.linear(sketched[0], z, bias)
+    y = sketched.new_empty(rows, out_features) if out is None else out
     width = block_n(out_features, num_hashes)
-    y = sketched.new_empty(rows, out_features)
-    if out_features % num_hashes == 0:
-        blocks = z.view(num_hashes, width, reduced_features).transpose(1, 2)
-        torch.bmm(sketched, blocks, out=y.view(rows, num_hashes, width).permute(1, 0, 2))
+    whole = out_features // width  # the last block may be narrower
+    columns = whole * width
+    # as_strided does in one call what takes three views; with one row the views cost more than
+    # the product.
+    row, column = z.stride()
+    blocks = z.as_strided((whole, reduced_features, width), (width * row, column, row))
+    row, column = y.stride()
+    target = y.as_strided((whole, rows, width), (width * column, row, column))
+    first = sketched if whole == num_hashes else sketched[:whole]
+    if bias is None:
+        torch.bmm(first, blocks, out=target)
     else:
-        for j, block in enumerate(z.split(width)):
-            torch.mm(sketched[j], block.t(), out=y[:, j * width : j * width + block.shape[0]])
-    return y if bias is None else y.add_(bias)
+        step = bias.stride(0)
+        start = bias.as_strided((whole, 1, width), (width * step, 0, step))
+        torch.baddbmm(start, first, blocks, out=target)
+    if columns < out_features:
+        last = sketched[whole]
+        if bias is None:
+            torch.mm(last, z[columns:].t(), out=y[:, columns:])
+        else:
+            torch.addmm(bias[columns:], last, z[columns:].t(), out=y[:, columns:])
+    return y
 
 
 def linear(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
