@@ -26,7 +26,7 @@ def input_key(x: Tensor) -> InputKey | None:
         return None
     storage = StorageWeakRef(x.untyped_storage())
     return (
-        storage, x.storage_offset(), x.dtype, tuple(x.shape), tuple(x.stride()), x._version
+        storage, int(x.storage_offset()), x.dtype, tuple(x.shape), tuple(x.stride()), x._version
     )  # fmt: skip
 
 
