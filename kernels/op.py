@@ -15,12 +15,13 @@ several times slower than the dense layer it replaces.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ss1_compile.kernels import native, portable
+from ss1_compile.kernels import cuda, native
 from ss1_compile.kernels.layout import block_n, group_size, is_rotation
 
 _LIBRARY = torch.library.Library("ss1", "FRAGMENT")
@@ -36,47 +37,57 @@ for _name, _schema in _SCHEMAS.items():
 # --- shapes -------------------------------------------------------------------------------------
 
 
+# Plain comparisons: torch._check costs more than a small layer at every call, and none of the sizes
+# compared here is one that may stay symbolic (M is not compared).
+
+
 def _check_sketch(op: str, sketch: Tensor, in_features: int, reduced_features: int) -> None:
-    dims = 3 if is_rotation(sketch) else 4
-    torch._check(
-        sketch.dim() == dims and (sketch.dtype == torch.int32 or sketch.is_floating_point()),
-        lambda: f"ss1::{op}: sketch must be int32 [J, G, c] or floating [J, G, gsize, r], "
-        f"got {sketch.dtype} {tuple(sketch.shape)}",
-    )
-    groups = sketch.shape[1]
-    torch._check(
-        reduced_features % groups == 0
-        and (is_rotation(sketch) or reduced_features == groups * sketch.shape[3]),
-        lambda: f"ss1::{op}: {reduced_features} reduced features do not fit a sketch of shape "
-        f"{tuple(sketch.shape)}",
-    )
+    shape = sketch.shape
+    rotation = sketch.dtype == torch.int32
+    if len(shape) != (3 if rotation else 4) or not (rotation or sketch.is_floating_point()):
+        raise RuntimeError(
+            f"ss1::{op}: sketch must be int32 [J, G, c] or floating [J, G, gsize, r], "
+            f"got {sketch.dtype} {tuple(shape)}"
+        )
+    groups = shape[1]
+    if (
+        not groups
+        or reduced_features % groups
+        or (not rotation and reduced_features // groups != shape[3])
+    ):
+        raise RuntimeError(
+            f"ss1::{op}: {reduced_features} reduced features do not fit a sketch of shape "
+            f"{tuple(shape)}"
+        )
     size = group_size(sketch, reduced_features)
-    torch._check(
-        (groups - 1) * size < in_features <= groups * size,
-        lambda: f"ss1::{op}: a sketch of {groups} groups of {size} features takes "
-        f"{(groups - 1) * size + 1} to {groups * size} input features, x has {in_features}",
-    )
+    if not (groups - 1) * size < in_features <= groups * size:
+        raise RuntimeError(
+            f"ss1::{op}: a sketch of {groups} groups of {size} features takes "
+            f"{(groups - 1) * size + 1} to {groups * size} input features, x has {in_features}"
+        )
 
 
 def check_operands(x: Tensor, sketch: Tensor, z: Tensor, bias: Tensor | None) -> None:
     """Raise ``RuntimeError`` naming the operand unless shapes and dtypes fit ``ss1::linear``."""
-    torch._check(z.dim() == 2, lambda: f"ss1::linear: z must be [N, K_c], got {tuple(z.shape)}")
-    torch._check(x.dim() >= 1, lambda: "ss1::linear: x must have at least one dimension")
-    torch._check(
-        x.is_floating_point() and x.dtype == z.dtype,
-        lambda: f"ss1::linear: x is {x.dtype} but z is {z.dtype}; cast one, or use torch.autocast",
-    )
-    _check_sketch("linear", sketch, x.shape[-1], z.shape[1])
-    num_hashes, out_features = sketch.shape[0], z.shape[0]
-    torch._check(
-        (num_hashes - 1) * block_n(out_features, num_hashes) < out_features,
-        lambda: f"ss1::linear: {num_hashes} column blocks leave some empty at N = {out_features}",
-    )
-    if bias is not None:
-        torch._check(
-            bias.dtype == z.dtype and tuple(bias.shape) == (out_features,),
-            lambda: f"ss1::linear: bias must be {z.dtype} [{out_features}], "
-            f"got {bias.dtype} {tuple(bias.shape)}",
+    if z.dim() != 2:
+        raise RuntimeError(f"ss1::linear: z must be [N, K_c], got {tuple(z.shape)}")
+    if x.dim() < 1:
+        raise RuntimeError("ss1::linear: x must have at least one dimension")
+    if x.dtype != z.dtype or not x.is_floating_point():
+        raise RuntimeError(
+            f"ss1::linear: x is {x.dtype} but z is {z.dtype}; cast one, or use torch.autocast"
+        )
+    out_features, reduced_features = z.shape
+    _check_sketch("linear", sketch, x.shape[-1], reduced_features)
+    num_hashes = sketch.shape[0]
+    if not num_hashes or (num_hashes - 1) * block_n(out_features, num_hashes) >= out_features:
+        raise RuntimeError(
+            f"ss1::linear: {num_hashes} column blocks leave some empty at N = {out_features}"
+        )
+    if bias is not None and (bias.dtype != z.dtype or bias.shape != z.shape[:1]):
+        raise RuntimeError(
+            f"ss1::linear: bias must be {z.dtype} [{out_features}], "
+            f"got {bias.dtype} {tuple(bias.shape)}"
         )
 
 
@@ -101,32 +112,30 @@ def _(g: Tensor, sketch: Tensor, in_features: int) -> Tensor:
 # --- dispatch -----------------------------------------------------------------------------------
 
 
-def _cpu_linear(x: Tensor, sketch: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
-    check_operands(x, sketch, z, bias)
-    return native.linear(x, sketch, z, bias)
+def _register_device(key: str, kernels: ModuleType) -> None:
+    """Register ``kernels.linear``, ``.sketch`` and ``.unsketch`` behind the checks."""
+
+    def linear(x: Tensor, sketch: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
+        check_operands(x, sketch, z, bias)
+        y: Tensor = kernels.linear(x, sketch, z, bias)
+        return y
+
+    def sketch(x: Tensor, sketch: Tensor, reduced_features: int) -> Tensor:
+        _check_sketch("sketch", sketch, x.shape[1], reduced_features)
+        sketched: Tensor = kernels.sketch(x, sketch, reduced_features)
+        return sketched
+
+    def unsketch(g: Tensor, sketch: Tensor, in_features: int) -> Tensor:
+        _check_sketch("unsketch", sketch, in_features, g.shape[2])
+        unsketched: Tensor = kernels.unsketch(g, sketch, in_features)
+        return unsketched
+
+    for name, function in (("linear", linear), ("sketch", sketch), ("unsketch", unsketch)):
+        _LIBRARY.impl(name, function, key)
 
 
-def _cpu_sketch(x: Tensor, sketch: Tensor, reduced_features: int) -> Tensor:
-    _check_sketch("sketch", sketch, x.shape[1], reduced_features)
-    return native.sketch(x, sketch, reduced_features)
-
-
-def _cpu_unsketch(g: Tensor, sketch: Tensor, in_features: int) -> Tensor:
-    _check_sketch("unsketch", sketch, in_features, g.shape[2])
-    return native.unsketch(g, sketch, in_features)
-
-
-def _any_linear(x: Tensor, sketch: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
-    check_operands(x, sketch, z, bias)
-    return portable.linear(x, sketch, z, bias)
-
-
-_LIBRARY.impl("linear", _cpu_linear, "CPU")
-_LIBRARY.impl("sketch", _cpu_sketch, "CPU")
-_LIBRARY.impl("unsketch", _cpu_unsketch, "CPU")
-_LIBRARY.impl("linear", _any_linear, "CUDA")
-_LIBRARY.impl("sketch", portable.sketch, "CUDA")
-_LIBRARY.impl("unsketch", portable.unsketch, "CUDA")
+_register_device("CPU", native)
+_register_device("CUDA", cuda)
 
 
 # --- autograd -----------------------------------------------------------------------------------
@@ -206,9 +215,7 @@ for _name, _backward, _setup in (
     ("sketch", _sketch_backward, _sketch_setup),
     ("unsketch", _unsketch_backward, _unsketch_setup),
 ):
-    torch.library.register_autograd(
-        f"ss1::{_name}", _backward, setup_context=_setup, lib=_LIBRARY
-    )
+    torch.library.register_autograd(f"ss1::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
 
 
 # --- autocast -----------------------------------------------------------------------------------
