@@ -42,5 +42,13 @@ class TrainingError(SS1Error, RuntimeError):
     """The backend was asked to rewrite weights that are being trained; ``compress`` them first."""
 
 
+class MissingPackageError(SS1Error, ImportError):
+    """An optional package is not installed; the message says how to install it."""
+
+
+class VerificationError(SS1Error, RuntimeError):
+    """A compiled or reloaded model does not compute what it should."""
+
+
 class SS1Warning(UserWarning):
     """Something works but is probably not what the user wants."""

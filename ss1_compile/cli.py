@@ -1,0 +1,217 @@
+"""The command ``ss1``: ``demo``, ``inspect`` and ``compress``.
+
+Every :class:`SS1Error` becomes one line on stderr and exit code 2; ``--debug`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ss1_compile.errors import SS1Error
+
+if TYPE_CHECKING:
+    from ss1_compile.checkpoint import SavedLayer
+    from ss1_compile.config import SS1Config
+
+app = typer.Typer(
+    name="ss1",
+    help="Compress the linear layers of PyTorch models to SS1 (sketch structured transforms).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        typer.echo(f"ss1-compile {metadata.version('ss1-compile')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options before the command."""
+    context.obj = debug
+
+
+@contextlib.contextmanager
+def _one_line_errors(context: typer.Context) -> Iterator[None]:
+    try:
+        yield
+    except SS1Error as error:
+        if context.obj:
+            raise
+        Console(stderr=True, soft_wrap=True).print(
+            f"ss1: {type(error).__name__}: {error}", style="red", markup=False, highlight=False
+        )
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    output: Annotated[
+        Path, typer.Option(help="Directory for the figures, the plot and the saved model.")
+    ] = Path("out"),
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer documents, c = 2 only.")] = False,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential", help="Also calibrate sequentially; takes some minutes more."),
+    ] = False,
+) -> None:
+    """Compress, check and time a pretrained sentence-embedding model, offline."""
+    from ss1_compile.demo import DemoOptions, run_demo
+
+    make = DemoOptions.quick if quick else DemoOptions
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    with _one_line_errors(context):
+        run_demo(make(output=output, threads=threads, sequential=sequential), console)
+
+
+@app.command()
+def inspect(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(help="What ss1_compile.save or ss1 compress wrote.")],
+) -> None:
+    """Show the layers of a saved model, without loading its tensors."""
+    from ss1_compile.checkpoint import TENSORS_FILE, read_config
+
+    with _one_line_errors(context):
+        saved = read_config(directory)
+    table = Table(title=str(directory), title_justify="left")
+    for column in ("layer", "weight", "c", "J", "B_K", "dtype", "bias", "KiB"):
+        right = column in ("weight", "c", "J", "B_K", "KiB")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    before = after = 0
+    for name, layer in saved.layers.items():
+        dense, compressed = _layer_bytes(layer)
+        before, after = before + dense, after + compressed
+        table.add_row(
+            name,
+            f"{layer.out_features}×{layer.in_features}",
+            str(layer.reduction),
+            str(layer.num_hashes),
+            str(layer.block_k),
+            layer.dtype,
+            "yes" if layer.bias else "no",
+            f"{dense / 1024:.0f} → {compressed / 1024:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    tensors = directory / TENSORS_FILE
+    size = f"{tensors.stat().st_size / 2**20:.2f} MiB" if tensors.is_file() else "missing"
+    console.print(
+        f"{len(saved.layers)} SS1 layers, {before / 2**20:.2f} → {after / 2**20:.2f} MiB; "
+        f"{TENSORS_FILE}: {size}; saved by ss1-compile {saved.package_version}",
+        highlight=False,
+    )
+    if saved.config is not None:
+        console.print(f"config: {saved.config.to_dict()}", highlight=False, markup=False)
+
+
+@app.command()
+def compress(
+    context: typer.Context,
+    model_dir: Annotated[Path, typer.Argument(help="A Hugging Face model directory.")],
+    out_dir: Annotated[Path, typer.Argument(help="Where the compressed model goes.")],
+    reduction: Annotated[
+        int, typer.Option("--reduction", "-c", help="c: parameters and work fall by it.")
+    ] = 4,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text: one per line, or JSONL with a field 'text'. Without it: average."),
+    ] = None,
+    texts: Annotated[int, typer.Option(min=1, help="Calibration texts to use.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per calibration text.")] = 128,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Calibrate layer by layer: slower, better.")
+    ] = False,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Pattern of layers to compress; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Pattern of layers to keep dense; repeatable.")
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=C or PATTERN=dense; repeatable.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Keep layers with a larger relative error dense.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the report and write nothing.")
+    ] = False,
+) -> None:
+    """Compress a Hugging Face model directory."""
+    from ss1_compile._huggingface import compress_directory
+    from ss1_compile.config import SS1Config
+
+    console = Console()
+    with _one_line_errors(context):
+        options: dict[str, Any] = {
+            "reduction": reduction,
+            "include": tuple(include or ("*",)),
+            "exclude": tuple(exclude or ()),
+            "overrides": _overrides(override or []),
+            "max_error": max_error,
+        }
+        config: SS1Config = SS1Config.from_dict(options)
+        report, recipe = compress_directory(
+            model_dir,
+            None if dry_run else out_dir,
+            config,
+            calibration=calibration,
+            texts=texts,
+            max_tokens=max_tokens,
+            sequential=sequential,
+        )
+    console.print(report)
+    if dry_run:
+        console.print("dry run: nothing was written")
+    else:
+        console.print(f"wrote {out_dir}; load it with\n\n{recipe}", highlight=False, markup=False)
+
+
+def _layer_bytes(layer: SavedLayer) -> tuple[int, int]:
+    """Bytes of the dense weight and bias, and of z, bias and sketch."""
+    supergroups = -(-layer.in_features // (layer.reduction * layer.block_k))
+    element = {"float64": 8, "float32": 4}.get(layer.dtype, 2)
+    bias = layer.out_features if layer.bias else 0
+    dense = element * (layer.out_features * layer.in_features + bias)
+    stored = element * (layer.out_features * supergroups * layer.block_k + bias)
+    return dense, stored + 4 * layer.num_hashes * supergroups * layer.reduction
+
+
+def _overrides(entries: list[str]) -> dict[str, int | None]:
+    """``PATTERN=C`` or ``PATTERN=dense`` as the mapping of :class:`SS1Config`."""
+    from ss1_compile.errors import ConfigError
+
+    overrides: dict[str, int | None] = {}
+    for entry in entries:
+        pattern, equals, value = entry.rpartition("=")
+        if not equals or not pattern or not (value == "dense" or value.isdecimal()):
+            raise ConfigError(f"--override must be PATTERN=C or PATTERN=dense, got {entry!r}")
+        overrides[pattern] = None if value == "dense" else int(value)
+    return overrides
