@@ -191,7 +191,12 @@ def compress(
     if dry_run:
         console.print("dry run: nothing was written")
     else:
-        console.print(f"wrote {out_dir}; load it with\n\n{recipe}", highlight=False, markup=False)
+        console.print(
+            f"wrote {out_dir}; load it with\n\n{recipe}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _layer_bytes(layer: SavedLayer) -> tuple[int, int]:
