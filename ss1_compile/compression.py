@@ -17,7 +17,7 @@ from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError, U
 from ss1_compile.modules import SS1Linear
 from ss1_compile.projection import project
 from ss1_compile.report import LayerReport, Report, tensor_bytes
-from ss1_compile.statistics import Statistics, calibrate, execution_groups, statistics_of
+from ss1_compile.statistics import Statistics, calibrate, execution_groups, rebind, statistics_of
 from ss1_compile.structure import SS1Structure
 
 
@@ -289,26 +289,36 @@ def _compress_sequentially(
     if not batches:
         raise CalibrationError("the calibration data are empty")
     by_name = {layer.weight_name: layer for layer in chosen}
-    groups = execution_groups(model, batches[0], list(by_name))
-    reached = {name for group in groups for name in group}
-    groups += [[name] for name in by_name if name not in reached]
+    groups: list[list[str]] = []
+    unreached = list(by_name)
+    for batch in batches:  # the first batch reaches everything, but for experts and the like
+        groups += execution_groups(model, batch, unreached) if unreached else []
+        reached = {name for group in groups for name in group}
+        unreached = [name for name in unreached if name not in reached]
     with _restored(model, chosen):
         for group in track(groups, "compressing", disable=not progress, transient=True):
-            if reached.issuperset(group):
-                calibrate(model, batches, names=group, progress=False)
+            calibrate(model, batches, names=group, progress=False)
             for name in group:
                 _project(by_name[name], config)
             for name in group:
                 _swap(model, by_name[name])
+        for name in unreached:
+            _project(by_name[name], config)
 
 
 @contextlib.contextmanager
 def _restored(model: nn.Module, layers: list[_Layer]) -> Iterator[None]:
-    """Put the dense modules back on leaving: nothing is final until everything has succeeded."""
+    """Put the dense modules back on leaving: nothing is final until everything has succeeded.
+
+    Their earlier statistics come back too: those of a compressed prefix are of no use to a weight
+    that stays dense.
+    """
+    before = [statistics_of(layer.weight) for layer in layers]
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, statistics in zip(layers, before, strict=True):
+            rebind(layer.weight, statistics)
             for name in layer.names:
                 model.set_submodule(name, layer.module)
 

@@ -49,6 +49,14 @@ def statistics_of(weight: Tensor) -> InputStatistics | None:
     return found
 
 
+def rebind(weight: Tensor, statistics: InputStatistics | None) -> None:
+    """Tie ``statistics`` to this very parameter object; ``None`` unties what it has."""
+    if statistics is None:
+        _of_weight.pop(weight, None)
+    else:
+        _of_weight[weight] = statistics
+
+
 class Statistics(Mapping[str, InputStatistics]):
     """Input statistics by the qualified name of the parameter, in order of execution.
 

@@ -21,6 +21,7 @@ from ss1_compile import (
     UnhandledLinearError,
     compress,
 )
+from ss1_compile.statistics import statistics_of
 
 D = 64
 
@@ -217,6 +218,30 @@ def test_calibrated_beats_average_and_sequential_does_not_lose():
     assert error["sequential"] < 1.05 * error["calibrated"]
 
 
+def test_sequential_reaches_experts_that_only_later_batches_use():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+
+        def forward(self, x, expert):
+            return self.experts[expert](x)
+
+    model = Experts()
+    data = [(x, i // 2) for i, x in enumerate(batches())]
+    report = quiet(model, projection="calibrated", calibration=data, sequential=True)
+    assert len(report.compressed) == 2
+
+
+def test_sequential_statistics_do_not_outlive_it_on_weights_that_stay_dense():
+    model = make_model()
+    quiet(model, calibration=batches(), sequential=True, max_error=1e-9, allow_empty=True)
+    assert all(statistics_of(p) is None for p in model.parameters())
+    with pytest.raises(ProjectionError):
+        quiet(poison(model), calibration=[torch.randn(8, D)], sequential=True)
+    assert all(statistics_of(p) is None for p in model.parameters())
+
+
 def test_statistics_are_collected_once_and_used_by_every_door():
     model, x = make_model(), torch.randn(5, D)
     statistics = ss1_compile.calibrate(model, batches(), progress=False)
@@ -301,8 +326,8 @@ FAILURES = {
     "weight fails late, sequential": (
         poison,
         {"calibration": [torch.randn(8, D)], "sequential": True},
-        (ProjectionError, CalibrationError),
-        r"1\.down|non-finite|finite",
+        ProjectionError,
+        r"1\.down",
     ),
     "no data": (lambda m: m, {"calibration": []}, CalibrationError, "empty|no "),
     "no statistics": (
