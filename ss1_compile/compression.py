@@ -58,6 +58,7 @@ def compress(
     *,
     structures: Mapping[str, SS1Structure] | None = None,
     sequential: bool = False,
+    dry_run: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Report:
@@ -74,6 +75,7 @@ def compress(
             model that was materialised, say): these are recovered exactly.
         sequential: collect the statistics of each layer from the already compressed prefix. Slower
             (one pass over the data per group of layers that share an input), and more accurate.
+        dry_run: project and report, but leave the model as it is.
         progress: show progress bars.
         **options: fields of :class:`SS1Config`, in place of ``config``.
 
@@ -105,8 +107,9 @@ def compress(
     report = _report(layers)
     report.require_some(config)
     report.warn_if_ruined(config.warn_error)
-    for layer in chosen:
-        _swap(model, layer)
+    if not dry_run:
+        for layer in chosen:
+            _swap(model, layer)
     return report
 
 

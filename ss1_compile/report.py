@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
+from rich.console import Console, RichCast
 from rich.markup import escape
 from rich.table import Table
 
@@ -164,10 +164,7 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=140, no_color=True, force_terminal=False, force_jupyter=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return render(self)
 
     def summary(self) -> str:
         """One line of totals."""
@@ -208,6 +205,14 @@ class Report:
             + (f"({reasons})" if reasons else "(the model has none)")
             + "; pass allow_empty=True if that is meant"
         )
+
+
+def render(table: RichCast) -> str:
+    """A rich table as plain text, 140 columns wide."""
+    console = Console(width=140, no_color=True, force_terminal=False, force_jupyter=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:

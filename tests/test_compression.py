@@ -386,6 +386,14 @@ def test_bare_linear_and_meta_models_are_refused():
         quiet(model)
 
 
+def test_dry_run_reports_and_changes_nothing():
+    model = make_model()
+    modules = list(model.modules())
+    planned = quiet(model, dry_run=True)
+    assert list(model.modules()) == modules
+    assert planned.to_dict() == quiet(model).to_dict()
+
+
 def test_compile_compresses_and_compiles():
     torch._dynamo.reset()
     model, x = make_model(), torch.randn(6, D)
