@@ -10,6 +10,7 @@ from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ss1_compile.kernels import lowering, portable
@@ -37,7 +38,7 @@ def _device_name(device: torch.device) -> str:
 
 @lru_cache
 def _has_tma(device: torch.device) -> bool:
-    """Without TMA the Triton GEMM spills (sm_80: 255 registers and a stack), the library does not."""
+    """Without TMA the Triton GEMM spills (on sm_80, to a stack of 232 bytes)."""
     return device.type != "cuda" or bool(torch.cuda.get_device_capability(device)[0] >= 9)
 
 
@@ -56,7 +57,7 @@ def _sketch(x: Tensor, code: Tensor, reduced_features: int, pdl: bool = False) -
     kernels = _triton()
     assert kernels is not None
     if not is_rotation(code):
-        result: Tensor = kernels[1].sketch(x, code)
+        result: Tensor = kernels[1].sketch(x, code, pdl=pdl)
     else:
         result = kernels[0].sketch(x, code.contiguous(), reduced_features, pdl=pdl)
     return result
@@ -106,8 +107,24 @@ def describe(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> lowerin
 
 
 def library_matmul(sketched: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
-    """``y[:, block j] = X̃[j] @ z_jᵀ + b`` through the library, straight into y's columns."""
-    return portable.grouped_matmul(sketched, z, bias)
+    """``y[:, block j] = X̃[j] @ z_jᵀ + b`` through the library, straight into y's columns.
+
+    ``[J, M, K_c] × [N, K_c] → [M, N]``. J = 1 is one ``linear``; else one ``bmm`` over the whole
+    blocks and an ``mm`` for a shorter last one. The bias of J > 1 is a second pass over y.
+    """
+    hashes, rows, reduced = sketched.shape
+    out_features = z.shape[0]
+    if hashes == 1:
+        return F.linear(sketched[0], z, bias)
+    width = block_n(out_features, hashes)
+    whole = out_features // width
+    columns = whole * width
+    y = sketched.new_empty(rows, out_features)
+    blocks = z[:columns].view(whole, width, reduced).transpose(1, 2)
+    torch.bmm(sketched[:whole], blocks, out=y[:, :columns].view(rows, whole, width).transpose(0, 1))
+    if columns < out_features:
+        torch.mm(sketched[whole], z[columns:].t(), out=y[:, columns:])
+    return y if bias is None else y.add_(bias)
 
 
 def linear(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -130,12 +147,12 @@ def linear(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None = None) -> Te
     _, _, gemm, decode = kernels
     with torch.cuda.device_of(x):
         chosen = lowering.choose(describe(flat, code, z, bias), _device_name(x.device))
+        y: Tensor
         if chosen == "gemv":
             y = decode.gemv(flat, code.contiguous(), z, bias)
         elif chosen == "stream":
-            pdl = decode.dependent_launch(x.device)
-            sketched = _sketch(flat, code, z.shape[1], pdl)
-            y = decode.stream(sketched, z, bias, pdl=pdl)
+            early = decode.dependent_launch(x.device) and decode.starts_early(z.shape[1])
+            y = decode.stream(_sketch(flat, code, z.shape[1], early), z, bias)
         elif chosen == "triton":
             y = gemm.grouped_matmul(_sketch(flat, code, z.shape[1]), z, bias)
         else:

@@ -187,7 +187,7 @@ def cost(layer: Layer, lowering: str, device: Profile) -> float:
         return 2.5 + sketching + (weights + sketched + output) / bandwidth / 0.70
     arithmetic = 2.0 * m * n * kc / device.matmul_tflop_s / 1e6
     traffic = (sketched + weights + output) / bandwidth / 0.80
-    product = 2.0 + max(arithmetic, traffic)
+    product = (4.0 if m <= FEW_ROWS else 2.0) + max(arithmetic, traffic)
     if lowering == "triton":
         return sketching + 1.0 + 1.04 * product
     if layer.bias and j > 1:

@@ -50,11 +50,15 @@ def _block_kernel(
     CHUNKS: tl.constexpr,
     STAGES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    TRIGGER: tl.constexpr,
     MASK_IN: tl.constexpr,
     MASK_OUT: tl.constexpr,
     PROLOGUE: tl.constexpr,
 ):
     """BM rows x BQ outputs of STEPS groups: the sum over NI planes and CHUNKS pieces of P."""
+    if TRIGGER:
+        # the next kernel may be launched now; it waits for this one before it reads X̃
+        tl.extra.cuda.gdc_launch_dependents()
     tiles_g = tl.cdiv(G, STEPS)
     tiles_q = tl.cdiv(Q, BQ)
     pid = tl.program_id(0)
@@ -80,7 +84,7 @@ def _block_kernel(
                 x + tl.cast(i, tl.int64) * s_ip + rm * s_im + col[None, :], mask=mask, other=0.0
             )
             if PROLOGUE is not None:
-                v = tl.where(mask, PROLOGUE(v, col, aux), 0.0).to(x.dtype.element_ty)
+                v = tl.where(mask, PROLOGUE(v, col[None, :], aux), 0.0).to(x.dtype.element_ty)
             at = rq[None, :] * P + rp[:, None] if TRANSPOSED else rp[:, None] * Q + rq[None, :]
             s = tl.load(
                 blocks + o * bs_o + i * bs_i + g * (P * Q) + at,
@@ -114,6 +118,7 @@ def _launch(
     transposed: bool,
     prologue: Any,
     aux: Tensor | None,
+    pdl: bool,
 ) -> None:
     """``sizes``: P, Q, K_in, K_out; ``counts``: output and input planes."""
     p, q, columns_in, columns_out = sizes
@@ -139,6 +144,7 @@ def _launch(
         CHUNKS=triton.cdiv(p, block_p),
         STAGES=3 if stage <= 48 * 1024 else 2,
         TRANSPOSED=transposed,
+        TRIGGER=pdl,
         MASK_IN=masks[0],
         MASK_OUT=masks[1],
         PROLOGUE=prologue,
@@ -146,10 +152,17 @@ def _launch(
     )
 
 
-def sketch(x: Tensor, blocks: Tensor, *, prologue: Any = None, aux: Tensor | None = None) -> Tensor:
+def sketch(
+    x: Tensor,
+    blocks: Tensor,
+    *,
+    prologue: Any = None,
+    aux: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
     """``X̃ [J, M, G·r]`` of ``x [M, K]`` for learned blocks ``[J, G, gsize, r]`` of x's dtype.
 
-    ``K`` may be ragged (``K <= G·gsize``); ``prologue`` and ``aux`` as in
+    ``K`` may be ragged (``K <= G·gsize``); ``prologue``, ``aux`` and ``pdl`` as in
     :func:`ss1_compile.kernels.triton_sketch.sketch`.
     """
     hashes, groups, size, rank = blocks.shape
@@ -163,7 +176,7 @@ def sketch(x: Tensor, blocks: Tensor, *, prologue: Any = None, aux: Tensor | Non
             (hashes, 1),
             (x.stride(0), 0, out.stride(1), out.stride(0), groups * size * rank, 0),
             (x.shape[1] != groups * size, False),
-            *(False, prologue, aux),
+            *(False, prologue, aux, pdl),
         )
     return out
 
@@ -181,6 +194,6 @@ def unsketch(g: Tensor, blocks: Tensor, in_features: int) -> Tensor:
             (1, hashes),
             (g.stride(1), g.stride(0), out.stride(0), 0, 0, groups * size * rank),
             (False, in_features != groups * size),
-            *(True, None, None),
+            *(True, None, None, False),
         )
     return out

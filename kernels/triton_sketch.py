@@ -16,9 +16,11 @@ the rotation change. There are two kernels:
 * ``_gather_kernel``: plain loads and float32 additions, for float32, for few rows (its programs
   also split the hashes, 2 µs at M <= 16) and for supergroups too large for the matrix above.
 
-Tiles are two-dimensional with an explicit hint that runs of 8 columns are contiguous: as
-``[rows, vectors, 8]`` Triton lets the lanes of a warp walk rows, which costs a third of the
-bandwidth. A *prologue* maps loaded values, for a producer fused into the sketch.
+Mind the order of a tile's dimensions. Triton lays the lanes of a warp along the most contiguous
+dimension, and of equals along the *first*: as ``[rows, vectors, 8]`` they walk rows, which cost a
+third of the bandwidth. Hence ``[rows, columns]`` with an explicit hint that runs of 8 columns are
+contiguous in one kernel, ``[vectors, rows, 8]`` in the other. A *prologue* maps loaded values, for
+a producer fused into the sketch; its columns broadcast against the values.
 """
 
 # Kernel parameters are Triton values; an annotation would be a cast.
@@ -85,13 +87,14 @@ def _permute_kernel(
     o0 = pid // blocks_g % blocks_o * OB
     first = pid // (blocks_g * blocks_o) * STEPS
 
-    # the 0/±1 matrix, vectors (g, i, u) in to vectors (o, g, u) out, built once per program
+    # The 0/±1 matrix, built once per program. Vectors are ordered as they lie in memory: chunks
+    # (g, l, u), sketches (j, g, u).
     iu = tl.arange(0, U)
     iv = tl.arange(0, V)
-    gi = g0 + iu // (IB * B8)
-    i = iu // B8 % IB
-    go = g0 + iv // B8 % GB
-    o = o0 + iv // (GB * B8)
+    gi = g0 + (iu // B8 % GB if INVERSE else iu // (IB * B8))
+    i = iu // (GB * B8) if INVERSE else iu // B8 % IB
+    go = g0 + (iv // (OB * B8) if INVERSE else iv // B8 % GB)
+    o = o0 + (iv // B8 % OB if INVERSE else iv // (GB * B8))
     used = ((gi < G) & (i < NI))[:, None] & (o < NO)[None, :] & (gi[:, None] == go[None, :])
     h = tl.load(code + o[None, :] * cs_o + (gi * cs_g + i * cs_i)[:, None], mask=used, other=0)
     h8 = (h ^ (h >> 31)) // 8
@@ -101,8 +104,8 @@ def _permute_kernel(
 
     # element columns of the two tiles
     ci = tl.arange(0, U * 8)
-    gi = g0 + ci // (IB * BK)
-    i = ci // BK % IB
+    gi = g0 + (ci // BK % GB if INVERSE else ci // (IB * BK))
+    i = ci // (GB * BK) if INVERSE else ci // BK % IB
     mask_in = (gi < G) & (i < NI)
     if INVERSE:
         icol = gi * s_ig + i.to(tl.int64) * s_ip + (ci & (BK - 1))
@@ -111,8 +114,8 @@ def _permute_kernel(
     if MASK_IN:
         mask_in = mask_in & (icol < K_in)
     co = tl.arange(0, V * 8)
-    go = g0 + co // BK % GB
-    o = o0 + co // (GB * BK)
+    go = g0 + (co // (OB * BK) if INVERSE else co // BK % GB)
+    o = o0 + (co // BK % OB if INVERSE else co // (GB * BK))
     mask_out = (go < G) & (o < NO)
     ocol = go * s_og + o.to(tl.int64) * s_op + (co & (BK - 1))
     if MASK_OUT:
@@ -127,7 +130,7 @@ def _permute_kernel(
         mask = rows[:, None] & mask_in[None, :]
         v = tl.load(x + row0 * s_im + rm[:, None] * s_im + icol[None, :], mask=mask, other=0.0)
         if PROLOGUE is not None:
-            v = tl.where(mask, PROLOGUE(v, icol, aux), 0.0).to(x.dtype.element_ty)
+            v = tl.where(mask, PROLOGUE(v, icol[None, :], aux), 0.0).to(x.dtype.element_ty)
         a = tl.reshape(tl.permute(tl.reshape(v, (BM, U, 8)), (0, 2, 1)), (BM * 8, U))
         y = tl.dot(a, matrix).to(out.dtype.element_ty)
         y = tl.reshape(tl.permute(tl.reshape(y, (BM, 8, V)), (0, 2, 1)), (BM, V * 8))
@@ -146,16 +149,17 @@ def _gather_plane(
     """The rotated, signed piece of input plane i that belongs to output plane o, in float32."""
     h = tl.load(code + o * cs_o + i * cs_i + g * cs_g, mask=g < G, other=0)
     sign = tl.where(h < 0, -1.0, 1.0)
-    h = h ^ (h >> 31)
-    col = tl.cast(i, tl.int64) * s_ip + g * s_ig + ((u + (h if INVERSE else -h)) & (BK - 1))
-    col = tl.max_contiguous(tl.multiple_of(col, 8), 8)
+    h8 = (h ^ (h >> 31)) // 8
+    turned = (u + (h8 if INVERSE else -h8)) & (BK // 8 - 1)
+    col = (tl.cast(i, tl.int64) * s_ip + g * s_ig + turned * 8)[:, None, None]
+    col = col + tl.arange(0, 8)[None, None, :]
     mask = rows
     if MASK_IN:
-        mask = mask & (col < K_in)[None, :]
-    v = tl.load(x + rm[:, None] * s_im + col[None, :], mask=mask, other=0.0)
+        mask = mask & (col < K_in)
+    v = tl.load(x + rm * s_im + col, mask=mask, other=0.0)
     if PROLOGUE is not None:
         v = tl.where(mask, PROLOGUE(v, col, aux), 0.0)
-    return v.to(tl.float32) * sign[None, :]
+    return v.to(tl.float32) * sign[:, None, None]
 
 
 @triton.jit(do_not_specialize=["M", "G", "NO"])
@@ -193,7 +197,7 @@ def _gather_kernel(
     if TRIGGER:
         # the next kernel may be launched now; it waits for this one before it reads X̃
         tl.extra.cuda.gdc_launch_dependents()
-    W: tl.constexpr = GB * BK
+    B8: tl.constexpr = BK // 8
     blocks_g = tl.cdiv(G, GB)
     pid = tl.program_id(0)
     if SPLIT_OUT:
@@ -204,15 +208,15 @@ def _gather_kernel(
         o_first = 0
         o_last = NO
     row0 = (pid // blocks_g).to(tl.int64) * BM
-    w = tl.arange(0, W)
-    g = pid % blocks_g * GB + w // BK
-    u = w & (BK - 1)
-    rm = tl.arange(0, BM)
-    rows = (rm < M - row0)[:, None] & (g < G)[None, :]
+    w = tl.arange(0, GB * B8)
+    g = pid % blocks_g * GB + w // B8
+    u = w & (B8 - 1)
+    rm = tl.arange(0, BM)[None, :, None]
+    rows = (rm < M - row0) & (g < G)[:, None, None]
     x += row0 * s_im
     out += row0 * s_om
     for o in range(o_first, o_last):
-        acc = tl.zeros((BM, W), tl.float32)
+        acc = tl.zeros((GB * B8, BM, 8), tl.float32)
         if NI <= 16:
             for i in tl.static_range(NI):
                 acc += _gather_plane(
@@ -225,12 +229,12 @@ def _gather_kernel(
                     x, code, aux, o, i, g, u, rm, rows, G, K_in, s_im, s_ip, s_ig,
                     cs_o, cs_i, cs_g, BK, INVERSE, MASK_IN, PROLOGUE,
                 )  # fmt: skip
-        ocol = tl.cast(o, tl.int64) * s_op + g * s_og + u
-        ocol = tl.max_contiguous(tl.multiple_of(ocol, 8), 8)
+        ocol = (tl.cast(o, tl.int64) * s_op + g * s_og + u * 8)[:, None, None]
+        ocol = ocol + tl.arange(0, 8)[None, None, :]
         mask = rows
         if MASK_OUT:
-            mask = mask & (ocol < K_out)[None, :]
-        tl.store(out + rm[:, None] * s_om + ocol[None, :], acc.to(out.dtype.element_ty), mask=mask)
+            mask = mask & (ocol < K_out)
+        tl.store(out + rm * s_om + ocol, acc.to(out.dtype.element_ty), mask=mask)
 
 
 def _launch(
@@ -270,7 +274,11 @@ def _launch(
     few = rows <= _FEW_ROWS
     if x.dtype not in _TENSOR_CORE_DTYPES or few or vectors > _MAX_VECTORS:
         batch = min(max(1, 64 // block_k), pow2(groups))
-        tile = max(1, (1024 if few else 2048) // (batch * block_k))
+        # few rows are all latency: small programs, and no rows that are only masked
+        size = 512 if rows <= 4 else 1024 if few else 2048
+        tile = max(4, size // (batch * block_k))
+        if rows <= 4:
+            tile = 4
         programs = triton.cdiv(rows, tile) * triton.cdiv(groups, batch)
         _gather_kernel[(programs * (count_out if few else 1),)](
             *(x, code, out, aux, rows, columns_in, columns_out, groups, count_out),
@@ -280,7 +288,7 @@ def _launch(
             GB=batch,
             SPLIT_OUT=few,
             TRIGGER=pdl,
-            num_warps=4,
+            num_warps=2 if rows <= 4 else 4,
             **common,
         )
         return

@@ -1,0 +1,37 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels need Triton")
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_a_gpu(capability):
+    """With whole vectors, on tensor cores, within shared memory."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), str(capability)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(kernels) >= 18
+    for kernel in kernels:
+        assert not kernel["spilled"], kernel
+        assert kernel["shared"] <= SHARED_BYTES[capability], kernel
+        name = kernel["kernel"]
+        if name in ("_permute_kernel", "_block_kernel", "_stream_kernel", "_gemm_kernel"):
+            assert kernel["tensor_cores"], kernel
+            assert kernel["copies_16_bytes"], kernel
+        if name in ("_permute_kernel", "_block_kernel", "_gather_kernel", "_stream_kernel"):
+            assert ".v4.b32" in kernel["widths"], kernel
+            assert ".b16" not in kernel["widths"], kernel

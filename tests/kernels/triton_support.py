@@ -1,0 +1,41 @@
+"""Operands and device for the Triton tests: the GPU if there is one, else Triton's interpreter."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the Triton kernels need Triton")
+numpy = pytest.importorskip("numpy", reason="Triton's interpreter needs NumPy")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU and tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
+    pytest.skip("the interpreter of Triton 3.6 needs NumPy < 2.4", allow_module_level=True)
+if not ON_GPU and type(triton.language.zeros).__name__ != "InterpretedFunction":
+    pytest.skip("Triton was imported before TRITON_INTERPRET was set", allow_module_level=True)
+
+# of the result's norm: rounding the output once, and for products the rounding of X̃
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+# the interpreter computes bfloat16 through NumPy, which has none
+DTYPES = (
+    (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
+)
+
+
+def random_code(hashes: int, groups: int, reduction: int, block_k: int) -> torch.Tensor:
+    """A random packed rotation code ``[J, G, c]``."""
+    rotations = torch.randint(0, block_k // 8, (hashes, groups, reduction)) * 8
+    signs = torch.rand(rotations.shape) < 0.5
+    return torch.where(signs, ~rotations, rotations).to(torch.int32).to(DEVICE)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Standard normal on the test device, rounded to ``dtype``."""
+    return torch.randn(*shape).to(dtype).to(DEVICE)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
+    """Relative error in the Frobenius norm within the dtype's tolerance; NaN never passes."""
+    expected = expected.double().to(actual.device)
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+    assert error <= factor * TOLERANCE[actual.dtype], f"relative error {error:.1e}"
