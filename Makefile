@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_FLAGS ?= -n 2 --dist loadfile
+DEMO_FLAGS ?=
 
 .PHONY: demo test lint format figures clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
-	$(BIN)/python examples/compress_minilm.py
+	$(BIN)/python examples/compress_minilm.py $(DEMO_FLAGS)
 
 # OMP_NUM_THREADS: two test processes with two threads each would fight over two cores.
 test: lint
@@ -32,7 +33,7 @@ format: $(STAMP)
 
 # Run on a quiet machine: it replaces the figures that README.md and docs/ state.
 figures: $(STAMP)
-	$(BIN)/python examples/compress_minilm.py --output out/figures
+	$(BIN)/python examples/compress_minilm.py --output out/figures $(DEMO_FLAGS)
 	cp out/figures/minilm_cpu.json benchmarks/results/minilm_cpu.json
 	cp out/figures/minilm_cpu.png docs/minilm_cpu.png
 	$(BIN)/python benchmarks/render_readme.py

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,15 @@ def require_packages() -> None:
     for module in ("transformers", "scipy", "matplotlib"):
         if importlib.util.find_spec(module) is None:
             raise MissingPackageError(f"the demo needs {module}: pip install 'ss1-compile[demo]'")
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    if not any(shutil.which(compiler) for compiler in compilers):
+        raise MissingPackageError(
+            "torch.compile needs a C++ compiler; on Debian and Ubuntu: apt install g++"
+        )
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        raise MissingPackageError(
+            "torch.compile needs Python's C headers; on Debian and Ubuntu: apt install python3-dev"
+        )
 
 
 def parameter_bytes(model: nn.Module) -> int:

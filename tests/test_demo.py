@@ -167,6 +167,17 @@ def test_missing_packages_are_named(monkeypatch):
         show.require_packages()
 
 
+def test_a_missing_compiler_is_named_before_the_work(monkeypatch, tmp_path):
+    show.require_packages()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        with pytest.raises(MissingPackageError, match="apt install g"):
+            show.require_packages()
+    monkeypatch.setattr(show.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(MissingPackageError, match="python3-dev"):
+        show.require_packages()
+
+
 @pytest.mark.slow
 def test_calibrated_beats_average_on_minilm(tmp_path):
     """At c = 2 the output error is at most 0.36 calibrated and at least 0.66 averaged."""
