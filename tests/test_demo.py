@@ -180,7 +180,7 @@ def test_a_missing_compiler_is_named_before_the_work(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_calibrated_beats_average_on_minilm(tmp_path):
-    """At c = 2 the output error is at most 0.36 calibrated and at least 0.66 averaged."""
+    """At c = 2 the output error is at most 0.38 calibrated and at least 0.66 averaged."""
     options = demo.DemoOptions(
         output=tmp_path,
         reductions=(2,),
@@ -190,6 +190,6 @@ def test_calibrated_beats_average_on_minilm(tmp_path):
     )
     _, average, calibrated = demo.run_demo(options, quiet())["quality"]
     assert average["output_error"] >= 0.66
-    assert calibrated["output_error"] <= 0.36
+    assert calibrated["output_error"] <= 0.38
     assert calibrated["cosine"] > average["cosine"] + 0.3
     assert calibrated["retrieval"] > average["retrieval"] + 0.2
