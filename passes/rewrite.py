@@ -45,6 +45,8 @@ class Rewrite:
     sketch: fx.Node
     z: fx.Node
     bias: fx.Node | None
+    output: fx.Node
+    """The node that took the place of ``site.node``."""
 
 
 MakeInput = Callable[[fx.Graph, str, Tensor], fx.Node]
@@ -73,16 +75,13 @@ def rewrite_sites(
     replaced: dict[fx.Node, fx.Node] = {}
     for site, source in sources.items():
         stem = str(site.weight.root.name)
-        rewrite = Rewrite(
-            site,
-            graph_input("ss1_sketch", source.sketch),
-            graph_input(f"{stem}_z", source.z),
-            None if source.bias is None else graph_input(f"{stem}_bias", source.bias),
-        )
-        _replace(graph, rewrite, replaced)
-        rewrites.append(rewrite)
+        sketch = graph_input("ss1_sketch", source.sketch)
+        z = graph_input(f"{stem}_z", source.z)
+        bias = None if source.bias is None else graph_input(f"{stem}_bias", source.bias)
+        replaced[site.node] = _replace(graph, site, sketch, z, bias, replaced)
+        rewrites.append(Rewrite(site, sketch, z, bias, replaced[site.node]))
     for site in sources:
-        for node in reversed(site.weight.path):
+        for node in (*reversed(site.weight.path), *reversed(site.bias.path if site.bias else ())):
             if not node.users and not node._erased:
                 graph.erase_node(node)
     graph.lint()
@@ -90,27 +89,40 @@ def rewrite_sites(
     return rewrites
 
 
-def _replace(graph: fx.Graph, rewrite: Rewrite, replaced: dict[fx.Node, fx.Node]) -> None:
+def _replace(
+    graph: fx.Graph,
+    site: Site,
+    sketch: fx.Node,
+    z: fx.Node,
+    new_bias: fx.Node | None,
+    replaced: dict[fx.Node, fx.Node],
+) -> fx.Node:
     """Replace one site; ``replaced`` maps the sites before it, whose outputs it may read."""
-    node, operands = rewrite.site.node, rewrite.site.operands
-    with graph.inserting_before(node):
+    node, operands = site.node, site.operands
+
+    def call(target: torch._ops.OpOverload, *arguments: fx.Node | int | None) -> fx.Node:
+        made = graph.call_function(target, arguments)
+        made.meta.update(node.meta)
+        if "val" in node.meta:  # an exported graph, which nothing will trace again
+            made.meta["val"] = target(*fx.map_arg(arguments, example))
+        return made
+
+    with graph.inserting_before(node), torch.no_grad():
         x = replaced.get(operands.x, operands.x)
-        bias, added = rewrite.bias or operands.bias, None
-        if operands.bias is not None and rewrite.bias is None:
+        bias = new_bias
+        added: fx.Node | None = None
+        if operands.bias is not None and new_bias is None:
             value = example(operands.bias)
-            if not isinstance(value, Tensor) or tuple(value.shape) != rewrite.site.shape[:1]:
-                # addmm broadcasts its first operand, which may be the output of another site.
-                bias, added = None, replaced.get(operands.bias, operands.bias)
+            bias = replaced.get(operands.bias, operands.bias)  # may be another site's output
+            if not isinstance(value, Tensor) or tuple(value.shape) != site.shape[:1]:
+                bias, added = None, bias  # addmm broadcasts it
         if operands.x_is_right:
-            x = graph.call_function(torch.transpose, (x, -2, -1))
-        arguments = (x, rewrite.sketch, rewrite.z, bias)
-        out = graph.call_function(torch.ops.ss1.linear.default, arguments)
-        out.meta.update(node.meta)
+            x = call(torch.ops.aten.transpose.int, x, -2, -1)
+        out = call(torch.ops.ss1.linear.default, x, sketch, z, bias)
         if operands.x_is_right:
-            out = graph.call_function(torch.transpose, (out, -2, -1))
+            out = call(torch.ops.aten.transpose.int, out, -2, -1)
         if added is not None:
-            out = graph.call_function(torch.add, (out, added))
-        out.meta.update(node.meta)
+            out = call(torch.ops.aten.add.Tensor, out, added)
     node.replace_all_uses_with(out)
     graph.erase_node(node)
-    replaced[node] = out
+    return out

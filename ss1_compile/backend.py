@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 
 from ss1_compile.binding import Recipe, Slot, bind_fresh, bound_call
 from ss1_compile.config import SS1Config, reject_unknown_keys
-from ss1_compile.errors import ConfigError, TrainingError, UnhandledLinearError
-from ss1_compile.passes import Site, Skipped, WeightSource, find_sites, rewrite_sites
-from ss1_compile.passes.frozen import example
+from ss1_compile.decision import Decisions, in_order
+from ss1_compile.errors import ConfigError, TrainingError
+from ss1_compile.passes import Site, WeightSource, find_sites, rewrite_sites
 from ss1_compile.projection import Projection
-from ss1_compile.report import LayerReport, Report, tensor_bytes
+from ss1_compile.report import Report
 
 log = logging.getLogger(__name__)
 
@@ -103,28 +103,28 @@ class _Compilation:
         self.config = options.config
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.index = {node: i for i, node in enumerate(self.placeholders)}
-        self.report = Report()
+        self.decisions = Decisions(options.config)
         self.projections: dict[Site, tuple[Slot, Projection]] = {}
 
     def run(self, whole_model: bool) -> Callable[..., Any]:
         frozen = [n for n in self.placeholders if _is_static(n)]
         sites, skipped = find_sites(self.gm.graph, frozen)
-        order = {node: i for i, node in enumerate(self.gm.graph.nodes)}
-        found: list[Site | Skipped] = [*sites, *skipped]
-        for entry in sorted(found, key=lambda entry: order[entry.node]):
+        for entry in in_order(self.gm.graph, sites, skipped):
             if isinstance(entry, Site):
                 self._consider(entry)
             else:
-                self._leave(entry)
+                name = _layer_name(entry.weight.root) if entry.weight else entry.node.name
+                self.decisions.leave(entry, name, entry.reason)
+        report = self.decisions.report
         ops = (torch.ops.ss1.linear, torch.ops.ss1.linear.default)
         already = [n for n in self.gm.graph.nodes if n.target in ops]
         if self.options.report is not None:
-            for row in self.report:
+            for row in report:
                 self.options.report.record(row)
         if whole_model and not already:
-            self.report.require_some(self.config)
-        self.report.warn_if_ruined(self.config.warn_error)
-        log.info("graph of %d nodes: %s", len(order), self.report.summary())
+            report.require_some(self.config)
+        report.warn_if_ruined(self.config.warn_error)
+        log.info("graph of %d nodes: %s", len(self.gm.graph.nodes), report.summary())
         if not self.projections:
             return self._inner(self.gm, self.inputs)
         return self._rewrite()
@@ -134,10 +134,8 @@ class _Compilation:
     def _consider(self, site: Site) -> None:
         """Project the site's weight, or leave it with a reason."""
         name = _layer_name(site.weight.root)
-        n, k = site.shape
-        structure = self.config.structure_for(name, k, n)
-        if isinstance(structure, str):
-            self._add_row(site, name, reason=structure)
+        structure = self.decisions.structure(site, name)
+        if structure is None:
             return
         weight = self.inputs[self.index[site.weight.root]]
         if torch.is_grad_enabled() and weight.requires_grad:
@@ -149,13 +147,8 @@ class _Compilation:
         slot = self._slot(site, name, structure)
         bias = None if slot.bias is None else self.inputs[slot.bias]
         projection = bind_fresh(slot.recipe, slot.recipe.spec, weight, bias)
-        limit = self.config.max_error
-        if limit is not None and projection.error > limit:
-            reason = f"relative error {projection.error:.3f} exceeds max_error = {limit}"
-            self._add_row(site, name, reason=reason, projection=projection)
-            return
-        self.projections[site] = (slot, projection)
-        self._add_row(site, name, projection=projection, reduction=structure.reduction)
+        if self.decisions.accept(site, name, structure, projection):
+            self.projections[site] = (slot, projection)
 
     def _slot(self, site: Site, name: str, structure: Any) -> Slot:
         weight, transposed = site.weight.function(), site.operands.weight_is_kn
@@ -171,45 +164,6 @@ class _Compilation:
             ),
             weight=self.index[site.weight.root],
             bias=self.index[site.bias.root] if site.bias else None,
-        )
-
-    def _leave(self, entry: Skipped) -> None:
-        name = _layer_name(entry.weight.root) if entry.weight else entry.node.name
-        if self.config.strict:
-            raise UnhandledLinearError(f"{name}: {entry.reason} (strict=True)")
-        self._add_row(entry, name, reason=entry.reason)
-
-    def _add_row(
-        self,
-        entry: Site | Skipped,
-        name: str,
-        *,
-        reason: str | None = None,
-        projection: Projection | None = None,
-        reduction: int | None = None,
-    ) -> None:
-        value = example(entry.weight.node) if entry.weight else None
-        before = tensor_bytes([value]) if isinstance(value, Tensor) else 0
-        shape: tuple[int, int] | None = None
-        if isinstance(entry, Site):
-            shape = entry.shape
-        elif isinstance(value, Tensor) and value.dim() == 2:
-            shape = (value.shape[0], value.shape[1])
-        self.report.layers.append(
-            LayerReport(
-                name=name,
-                op=getattr(entry.node.target, "__name__", str(entry.node.target)),
-                shape=shape,
-                bytes_before=before,
-                bytes_after=tensor_bytes([projection.z])
-                if projection is not None and reason is None
-                else before,
-                reduction=reduction,
-                error=projection.error if projection else None,
-                error_of=projection.error_of if projection else None,
-                projection=projection.method if projection else None,
-                reason=reason,
-            )
         )
 
     # --- rewriting ----------------------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""What becomes of each linear layer of a graph, and its row of the report.
+
+Shared by the doors that work on graphs (:mod:`ss1_compile.backend`, :mod:`ss1_compile.export`), so
+that a configuration means the same in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ss1_compile.config import SS1Config
+from ss1_compile.errors import ConfigError, UnhandledLinearError
+from ss1_compile.passes import Site, Skipped
+from ss1_compile.passes.frozen import example
+from ss1_compile.projection import Projection
+from ss1_compile.report import LayerReport, Report, tensor_bytes
+from ss1_compile.structure import SS1Structure
+
+
+@dataclass
+class Decisions:
+    """Decides site by site and keeps the report.
+
+    Attributes:
+        config: the compression.
+        structures: name → structure, for weights that are known to have one.
+        report: a row per site and skipped node, in the order they were decided.
+    """
+
+    config: SS1Config
+    structures: Mapping[str, SS1Structure] = field(default_factory=dict)
+    report: Report = field(default_factory=Report)
+
+    def structure(self, site: Site, name: str) -> SS1Structure | None:
+        """The structure of a site; ``None`` (and a row) if the configuration leaves it dense.
+
+        Raises:
+            ConfigError: the structure given for ``name`` does not fit the weight.
+        """
+        n, k = site.shape
+        structure = self.structures.get(name) or self.config.structure_for(name, k, n)
+        if isinstance(structure, str):
+            self._row(site, name, reason=structure)
+            return None
+        if (structure.out_features, structure.in_features) != (n, k):
+            raise ConfigError(
+                f"{name}: its structure is for {structure.out_features} × "
+                f"{structure.in_features} and its weight is {n} × {k}"
+            )
+        return structure
+
+    def accept(
+        self, site: Site, name: str, structure: SS1Structure, projection: Projection
+    ) -> bool:
+        """Whether the projection is good enough (``max_error``). Adds the site's row."""
+        limit = self.config.max_error
+        if limit is not None and projection.error > limit:
+            reason = f"relative error {projection.error:.3f} exceeds max_error = {limit}"
+            self._row(site, name, reason=reason, projection=projection)
+            return False
+        self._row(site, name, projection=projection, structure=structure)
+        return True
+
+    def leave(self, entry: Site | Skipped, name: str, reason: str) -> None:
+        """Leave a linear dense that cannot be handled, with a row.
+
+        Raises:
+            UnhandledLinearError: ``strict`` is on.
+        """
+        if self.config.strict:
+            raise UnhandledLinearError(f"{name}: {reason} (strict=True)")
+        self._row(entry, name, reason=reason)
+
+    def _row(
+        self,
+        entry: Site | Skipped,
+        name: str,
+        *,
+        reason: str | None = None,
+        projection: Projection | None = None,
+        structure: SS1Structure | None = None,
+    ) -> None:
+        weight = _value(entry.weight.node) if entry.weight else None
+        bias = _value(entry.bias.node) if isinstance(entry, Site) and entry.bias else None
+        before = after = tensor_bytes([weight, bias])
+        if projection is not None and structure is not None:
+            after = tensor_bytes([projection.z, bias, structure.code])
+        shape: tuple[int, int] | None = None
+        if isinstance(entry, Site):
+            shape = entry.shape
+        elif weight is not None and weight.dim() == 2:
+            shape = (weight.shape[0], weight.shape[1])
+        self.report.layers.append(
+            LayerReport(
+                name=name,
+                op=operator_name(entry.node),
+                shape=shape,
+                bytes_before=before,
+                bytes_after=after,
+                reduction=structure.reduction if structure else None,
+                error=projection.error if projection else None,
+                error_of=projection.error_of if projection else None,
+                projection=projection.method if projection else None,
+                reason=reason,
+            )
+        )
+
+
+def in_order(
+    graph: fx.Graph, sites: Iterable[Site], skipped: Iterable[Skipped]
+) -> list[Site | Skipped]:
+    """Sites and skipped nodes in the order of the graph."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    found: list[Site | Skipped] = [*sites, *skipped]
+    return sorted(found, key=lambda entry: order[entry.node])
+
+
+def operator_name(node: fx.Node) -> str:
+    """The name of the node's operator, for people."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket)
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _value(node: fx.Node) -> Any:
+    value = example(node)
+    return value if isinstance(value, Tensor) else None

@@ -1,0 +1,430 @@
+"""``compress_exported``: the same compression on a ``torch.export.ExportedProgram``.
+
+The exported graph, its state dict and its signature are rewritten together, so that what starts
+from the program (AOTInductor, ONNX, TensorRT, ``torch.export.save``) starts from a small one.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.utils import _pytree as pytree
+
+from ss1_compile.config import SS1Config
+from ss1_compile.decision import Decisions, in_order
+from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError
+from ss1_compile.passes import Site, Skipped, WeightSource, find_sites, rewrite_sites
+from ss1_compile.passes.frozen import frozen_value
+from ss1_compile.projection import Projection, project
+from ss1_compile.report import Report
+from ss1_compile.statistics import InputStatistics, Statistics, statistics_of
+from ss1_compile.structure import SS1Structure
+
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_STATE = (InputKind.PARAMETER, InputKind.BUFFER)
+
+
+def compress_exported(
+    ep: ExportedProgram,
+    config: SS1Config | None = None,
+    calibration: Statistics | None = None,
+    *,
+    structures: Mapping[str, SS1Structure] | None = None,
+    dry_run: bool = False,
+    **options: Any,
+) -> tuple[ExportedProgram, Report]:
+    """Replace the linear layers of an exported program by ``ss1::linear``.
+
+    Works on what ``torch.export.export`` returns and on it after ``run_decompositions()``. Layers
+    are called as in :func:`ss1_compile.compress`, by the module that holds the weight. Where that
+    is ``layer``, the new program holds ``layer.z`` in place of ``layer.weight`` (a parameter if the
+    weight was one, else a buffer), ``layer.bias`` with new values if statistics correct it, and a
+    buffer ``layer.sketch``, which layers of equal structure share.
+
+    ``ep`` is left unchanged. The new program shares with it the tensors that stay as they are.
+
+    Args:
+        ep: the program; its weights have values (it was not exported from fake tensors).
+        config: what to compress and how; or pass the fields as keywords.
+        calibration: input statistics by parameter name, collected on the module before it was
+            exported (see :func:`ss1_compile.calibrate`). Statistics bound to the parameters that
+            the program holds are used without it.
+        structures: qualified name → structure, for weights that are known to have one: these are
+            recovered exactly.
+        dry_run: project and report, and return ``ep`` itself.
+        **options: fields of :class:`SS1Config`, in place of ``config``.
+
+    Returns:
+        The new program, validated, and a row per linear layer.
+
+    Raises:
+        ConfigError: bad options, or a structure of an unknown layer or of another size.
+        CalibrationError: the statistics are of another model, or missing where needed.
+        ProjectionError: a weight has no values or is not finite.
+        NothingToCompressError: no layer was compressed and ``allow_empty`` is off.
+        UnhandledLinearError: ``strict`` is on and a layer cannot be handled.
+    """
+    if not isinstance(ep, ExportedProgram):
+        raise ConfigError(
+            f"ep must be a torch.export.ExportedProgram, got {type(ep).__name__}; use "
+            f"ss1_compile.compress for a module"
+        )
+    if config is not None and options:
+        raise ConfigError(f"pass either config or options, not both ({', '.join(options)})")
+    config = config or SS1Config.from_dict(options)
+    _check_calibration(ep, calibration)
+    with torch.no_grad():
+        rewriting = _Rewriting(ep, config, calibration, structures or {})
+        rewriting.decide()
+        report = rewriting.decisions.report
+        report.require_some(config)
+        report.warn_if_ruined(config.warn_error)
+        return ep if dry_run else rewriting.rewrite(), report
+
+
+def _check_calibration(ep: ExportedProgram, calibration: object) -> None:
+    if calibration is None:
+        return
+    if not isinstance(calibration, Statistics):
+        raise CalibrationError(
+            f"calibration must be ss1_compile.Statistics, got {type(calibration).__name__}: run "
+            f"ss1_compile.calibrate(model, data) on the module before torch.export.export"
+        )
+    missing = [name for name in calibration if name not in ep.state_dict]
+    if missing:
+        raise CalibrationError(
+            f"the statistics are of another model: the program has no parameter called "
+            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}"
+        )
+
+
+class _Rewriting:
+    """A copy of a program on its way to the compressed one."""
+
+    def __init__(
+        self,
+        ep: ExportedProgram,
+        config: SS1Config,
+        calibration: Statistics | None,
+        structures: Mapping[str, SS1Structure],
+    ) -> None:
+        self.ep, self.config, self.calibration = ep, config, calibration
+        self.decisions = Decisions(config, structures)
+        self.graph = _copy(ep.graph)
+        self.tensors: dict[str, Any] = {**ep.constants, **ep.state_dict}
+        self.specs: dict[fx.Node, InputSpec] = {
+            node: dataclasses.replace(spec, arg=copy.copy(spec.arg))
+            for node, spec in zip(
+                _placeholders(self.graph), ep.graph_signature.input_specs, strict=True
+            )
+        }
+        self.names: dict[fx.Node, str] = {  # of everything that may be a weight
+            node: str(spec.target)
+            for node, spec in self.specs.items()
+            if spec.kind in _WEIGHTS and isinstance(self.tensors.get(str(spec.target)), Tensor)
+        }
+        self.aliases: dict[Any, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            if isinstance(tensor, Tensor):
+                self.aliases.setdefault(_memory(tensor), []).append(name)
+        self.projections: dict[Site, tuple[str, SS1Structure, Projection]] = {}
+
+    # --- deciding -----------------------------------------------------------------------------
+
+    def decide(self) -> None:
+        """Project or leave every linear layer, in the order of the graph."""
+        entries: dict[fx.Node, Site | Skipped] = {}
+        for found in find_sites(self.graph, self.names):
+            entries.update((entry.node, entry) for entry in found)
+        written = {spec.target for spec in self.ep.graph_signature.output_specs}
+        for node in self.graph.nodes:
+            entry = entries.get(node)
+            if entry is None:
+                for inner, target in _nested(self.ep.graph_module, node, self.names):
+                    self.decisions.leave(inner, self._layer_name(inner.node, target), inner.reason)
+                continue
+            name = self._layer_name(node, self.names[entry.weight.root] if entry.weight else None)
+            if isinstance(entry, Skipped):
+                self.decisions.leave(entry, name, entry.reason)
+                continue
+            operands = [self.names[v.root] for v in (entry.weight, entry.bias) if v is not None]
+            changing = [target for target in operands if target in written]
+            tied = [self.names[twin] for twin in self._twins(entry.weight.root) if twin.users]
+            if changing:
+                self.decisions.leave(entry, name, f"the program writes to {changing[0]}")
+            elif tied:
+                self.decisions.leave(entry, name, f"the weight is tied to {tied[0]}")
+            else:
+                self._consider(entry, name)
+        unknown = set(self.decisions.structures) - {row.name for row in self.decisions.report}
+        if unknown:
+            raise ConfigError(f"structures names no linear layer of the program: {sorted(unknown)}")
+
+    def _consider(self, site: Site, name: str) -> None:
+        structure = self.decisions.structure(site, name)
+        if structure is None:
+            return
+        weight = self._tensor(site.weight.root, name)
+        statistics = self._statistics(weight)
+        calibrated = self.config.projection == "calibrated"
+        if calibrated and statistics is None and self.calibration is not None:
+            self.decisions.leave(site, name, "the calibration data never reached it")
+            return
+        bias = site.bias.function()(self._tensor(site.bias.root, name)) if site.bias else None
+        dense = site.weight.function()(weight.detach())
+        with torch.autocast(dense.device.type, enabled=False):
+            projection = project(
+                dense.t() if site.operands.weight_is_kn else dense,
+                structure,
+                bias,
+                statistics=statistics,
+                method=self.config.projection,
+                damping=self.config.damping,
+                name=name,
+            )
+        if statistics is None:  # the bias stays as it is
+            projection = dataclasses.replace(projection, bias=None)
+        if self.decisions.accept(site, name, structure, projection):
+            self.projections[site] = (name, structure, projection)
+
+    def _tensor(self, root: fx.Node, name: str) -> Tensor:
+        tensor: Tensor = self.tensors[self.names[root]]
+        if isinstance(tensor, FakeTensor):
+            raise ProjectionError(
+                f"{name}: {self.names[root]} is a fake tensor and has no values to project; "
+                f"export the model with its weights loaded"
+            )
+        return tensor
+
+    def _statistics(self, weight: Tensor) -> InputStatistics | None:
+        for alias in self.aliases[_memory(weight)] if self.calibration is not None else ():
+            if alias in cast(Statistics, self.calibration):
+                return cast(Statistics, self.calibration)[alias]
+        return statistics_of(weight)
+
+    def _layer_name(self, node: fx.Node, target: str | None) -> str:
+        """The name that ``compress`` uses: of the module that holds the weight and is called."""
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        module = str(stack[-1][0]) if stack else ""
+        if target is None:
+            return module or node.name
+        if f"{module}.weight" in self.aliases[_memory(self.tensors[target])]:
+            return module
+        return target.removesuffix(".weight")
+
+    # --- rewriting ----------------------------------------------------------------------------
+
+    def rewrite(self) -> ExportedProgram:
+        """Rewrite graph, signature and tensors, and make a program of them."""
+        inputs = _NewInputs(self)
+        sources = {
+            site: inputs.source(site, name, structure, projection)
+            for site, (name, structure, projection) in self.projections.items()
+        }
+        for rewritten in rewrite_sites(self.graph, sources, inputs.make):
+            # Signatures of outputs and of preserved submodules refer to nodes by name.
+            rewritten.output.name = rewritten.site.node.name
+        for site in sources:
+            for value in (site.weight, site.bias):
+                if value is not None and value.root in self.specs and not value.root.users:
+                    self._remove(value.root)
+        old, signature = self.ep, self.ep.graph_signature
+        program = ExportedProgram(
+            root=old.graph_module,
+            graph=self.graph,
+            graph_signature=ExportGraphSignature(
+                input_specs=[self.specs[node] for node in _placeholders(self.graph)],
+                output_specs=[
+                    dataclasses.replace(spec, arg=copy.copy(spec.arg))
+                    for spec in signature.output_specs
+                ],
+            ),
+            state_dict={
+                name: tensor
+                for name, tensor in self.tensors.items()
+                if name in old.state_dict or name not in old.constants
+            },
+            range_constraints=dict(old.range_constraints),
+            module_call_graph=copy.deepcopy(old.module_call_graph),
+            example_inputs=old.example_inputs,
+            constants={name: v for name, v in self.tensors.items() if name in old.constants},
+            verifiers=list(old.verifiers),
+        )
+        program._guards_code = list(old._guards_code)
+        return program
+
+    def _remove(self, root: fx.Node) -> None:
+        """Remove a placeholder and its tensor, under all its names."""
+        for placeholder in (root, *(twin for twin in self._twins(root) if not twin.users)):
+            names = self.own_names(placeholder)
+            del self.specs[placeholder]
+            self.graph.erase_node(placeholder)
+        for name in names:
+            self.tensors.pop(name, None)
+
+    def _twins(self, root: fx.Node) -> list[fx.Node]:
+        """The other placeholders of a tied weight. ``torch.export`` uses one of them."""
+        memory = _memory(self.old_tensor(root))
+        return [
+            node
+            for node in self.names
+            if node is not root and node in self.specs and _memory(self.old_tensor(node)) == memory
+        ]
+
+    def own_names(self, root: fx.Node) -> list[str]:
+        """The names of a placeholder's tensor, without those that another placeholder has."""
+        others = {spec.target for node, spec in self.specs.items() if node is not root}
+        aliases = self.aliases[_memory(self.old_tensor(root))]
+        return [alias for alias in aliases if alias not in others]
+
+    def old_tensor(self, root: fx.Node) -> Tensor:
+        """The tensor of a placeholder in the given program."""
+        name = self.names[root]
+        tensor: Tensor = self.ep.state_dict.get(name, self.ep.constants.get(name))
+        return tensor
+
+
+class _NewInputs:
+    """The inputs that a rewritten graph gains: z, sketch and, if need be, bias."""
+
+    def __init__(self, rewriting: _Rewriting) -> None:
+        self.rewriting = rewriting
+        self.specs, self.tensors = rewriting.specs, rewriting.tensors
+        self.taken = set(self.tensors)
+        fakes = [node.meta.get("val") for node in rewriting.graph.nodes]
+        self.fake_mode = torch._guards.detect_fake_mode(fakes)
+        self.pending: dict[int, tuple[InputKind, str, fx.Node]] = {}  # by id of the tensor
+        self.z: dict[Any, Tensor] = {}
+        self.sketches: dict[Any, Tensor] = {}
+
+    def source(
+        self, site: Site, name: str, structure: SS1Structure, projection: Projection
+    ) -> WeightSource:
+        """The tensors of a site. A corrected bias that is its alone keeps its input."""
+        root = site.weight.root
+        target = self.rewriting.names[root]
+        stem = f"{target}_"
+        if f"{name}.weight" in self.taken:
+            stem = f"{name}."
+        elif target == "weight":
+            stem = ""
+        kind = self.specs[root].kind
+        # z depends on whether there is a bias, which centres the statistics, not on its values.
+        key = (root, site.weight.key, site.operands.weight_is_kn, structure, site.bias is None)
+        if key not in self.z:
+            self.z[key] = self._add(projection.z, kind, f"{stem}z", root)
+        sketch_key = (structure.code.numpy().tobytes(), structure.code.shape, projection.z.device)
+        if sketch_key not in self.sketches:
+            sketch = structure.code.to(projection.z.device, copy=True)
+            self.sketches[sketch_key] = self._add(sketch, InputKind.BUFFER, f"{stem}sketch", root)
+        bias = None
+        if projection.bias is not None and site.bias is not None:
+            bias_root = site.bias.root
+            if site.bias.path or set(bias_root.users) != {site.node}:
+                kind = self.specs[bias_root].kind
+                bias = self._add(projection.bias, kind, f"{stem}bias", bias_root)
+            else:
+                value = _like(projection.bias, self.rewriting.old_tensor(bias_root))
+                for alias in self.rewriting.own_names(bias_root):
+                    self.tensors[alias] = value
+        return WeightSource(self.sketches[sketch_key], self.z[key], bias)
+
+    def _add(self, value: Tensor, kind: InputKind, name: str, root: fx.Node) -> Tensor:
+        kind = InputKind.PARAMETER if kind is InputKind.PARAMETER else InputKind.BUFFER
+        value = _like(value, self.rewriting.old_tensor(root), kind)
+        unique = name
+        for i in itertools.count(1):
+            if not any(t == unique or t.startswith(f"{unique}.") for t in self.taken):
+                break
+            unique = f"{name}_{i}"
+        self.taken.add(unique)
+        self.tensors[unique] = value
+        self.pending[id(value)] = (kind, unique, root)
+        return value
+
+    def make(self, graph: fx.Graph, _: str, value: Tensor) -> fx.Node:
+        """A placeholder: parameters next to the dense weight, buffers after all other state."""
+        kind, name, root = self.pending[id(value)]
+        letter, place = ("p", graph.inserting_before(root))
+        if kind is InputKind.BUFFER:
+            letter = "b"
+            state = [n for n in _placeholders(graph) if self.specs[n].kind in _STATE]
+            place = graph.inserting_after(state[-1]) if state else place
+        with place:
+            node = graph.placeholder(f"{letter}_{name.replace('.', '_')}")
+        assert self.fake_mode is not None  # the placeholders of an exported program are fake
+        node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
+        persistent = True if kind is InputKind.BUFFER else None
+        self.specs[node] = InputSpec(kind, TensorArgument(node.name), name, persistent)
+        return node
+
+
+def _like(value: Tensor, old: Tensor, kind: InputKind | None = None) -> Tensor:
+    """``value`` as a parameter if ``old`` is one (and ``kind`` allows it)."""
+    if isinstance(old, nn.Parameter) and kind in (None, InputKind.PARAMETER):
+        return nn.Parameter(value, old.requires_grad)
+    return value
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Identifies a tensor by its memory: tied weights may be distinct objects after loading."""
+    if isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.layout != torch.strided:
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes have the very names of the original, to which signatures refer."""
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = new.graph_copy(graph, mapping, return_output_node=True)
+    assert isinstance(result, tuple)
+    value, output = result
+    new.output(value).meta.update(output.meta)
+    for old, copied in mapping.items():
+        copied.name = old.name
+    return new
+
+
+def _nested(
+    module: nn.Module, node: fx.Node, names: Mapping[fx.Node, str]
+) -> Iterator[tuple[Skipped, str]]:
+    """The linears in the bodies of a higher-order operator (``torch.cond``, a ``no_grad`` region).
+
+    Yields each with the name of its weight.
+    """
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return
+    operands = pytree.tree_leaves((node.args, node.kwargs))
+    for operand in operands:
+        if not isinstance(operand, fx.Node) or operand.op != "get_attr":
+            continue
+        body = getattr(module, str(operand.target), None)
+        if not isinstance(body, fx.GraphModule):
+            continue
+        inputs = _placeholders(body.graph)
+        inner: dict[fx.Node, str] = {}
+        for placeholder, outer in zip(inputs, operands[len(operands) - len(inputs) :], strict=True):
+            value = frozen_value(outer, frozenset(names))
+            if value is not None:
+                inner[placeholder] = names[value.root]
+        sites, skipped = find_sites(body.graph, inner)
+        for entry in in_order(body.graph, sites, skipped):
+            if entry.weight is not None:
+                reason = f"inside {node.target.name()}, whose body is not rewritten"
+                yield Skipped(entry.node, entry.weight, reason), inner[entry.weight.root]
+        for body_node in body.graph.nodes:
+            yield from _nested(body, body_node, inner)
