@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import harness
@@ -116,19 +117,27 @@ def layer_rows(
 
 
 def sketch_rows(ceilings: tuple[float, float]) -> list[dict[str, Any]]:
-    """Sketch and unsketch alone, as a fraction of copy bandwidth at the bytes they must move."""
+    """Sketch and unsketch alone, as a fraction of copy bandwidth at the bytes they must move.
+
+    ``copy_us`` is a copy of just as many bytes: below a few tens of MB it, too, is off the
+    bandwidth of a large copy.
+    """
     rows = []
     for m, k in SKETCHES:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         for c in (1, 2, 3, 4, 5, 8, 16):
             for kind in ("rotation", "learned"):
-                if kind == "learned" and 128 % c:
+                if kind == "learned" and c not in (2, 4, 8, 16):
                     continue
                 layer = ss1_layer(kind, 128, k, 8 * c, c)
                 code, reduced = tune.operands(layer).code, layer.reduced_features
                 sketched = cuda.sketch(x, code, reduced)
-                floor = (x.numel() + sketched.numel()) * 2 / ceilings[0] / 1e6
+                moved = (x.numel() + sketched.numel()) * 2
+                floor = moved / ceilings[0] / 1e6
+                source = torch.randn(moved // 4, device="cuda", dtype=torch.bfloat16)
+                target = torch.empty_like(source)
                 times = {
+                    "copy": tune.measure(lambda t=target, s=source: t.copy_(s)),
                     "sketch": tune.measure(lambda x=x, s=code, r=reduced: cuda.sketch(x, s, r)),
                     "unsketch": tune.measure(
                         lambda g=sketched, s=code, k=k: cuda.unsketch(g, s, k)
@@ -198,23 +207,43 @@ def upstream_rows(path: str) -> list[dict[str, Any]]:
     return rows
 
 
+SECTIONS = ("sketches", "layers", "decode", "more_layers", "upstream")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--upstream", metavar="PATH", help="checkout of the authors' kernel")
     parser.add_argument("--name", default="layers", help="results/<name>.json")
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=SECTIONS,
+        help="measure these and keep the others of an existing results file",
+    )
     options = parser.parse_args()
     torch.manual_seed(0)
-    result: dict[str, Any] = {"environment": harness.environment()}
+    exists = (harness.RESULTS / f"{options.name}.json").is_file()
+    keep = exists and set(options.sections) != set(SECTIONS)
+    result: dict[str, Any] = harness.read(options.name) if keep else {}
+    result["environment"] = harness.environment()
     ceilings = tune.ceilings()
     result["copy_tb_s"], result["matmul_tflop_s"] = (round(c, 3) for c in ceilings)
-    result["sketches"] = sketch_rows(ceilings)
-    result["layers"] = layer_rows(TARGET_SHAPES, compiled=True, ceilings=ceilings)
-    result["decode"] = decode_rows(ceilings)
-    result["more_layers"] = layer_rows(OTHER_SHAPES, compiled=False, ceilings=ceilings)
-    harness.write(options.name, result)
+    measured: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "sketches": lambda: sketch_rows(ceilings),
+        "layers": lambda: layer_rows(TARGET_SHAPES, compiled=True, ceilings=ceilings),
+        "decode": lambda: decode_rows(ceilings),
+        "more_layers": lambda: layer_rows(OTHER_SHAPES, compiled=False, ceilings=ceilings),
+    }
     if options.upstream:
-        result["upstream"] = upstream_rows(options.upstream)
-    print("wrote", harness.write(options.name, result))
+        measured["upstream"] = lambda: upstream_rows(options.upstream)
+    for section in options.sections:
+        if section in measured:
+            result[section] = measured[section]()
+            stamps = result.setdefault("measured", {})
+            stamps[section] = f"{datetime.now(UTC):%Y-%m-%dT%H:%MZ}"
+            harness.write(options.name, result)
+    print("wrote", harness.RESULTS / f"{options.name}.json")
 
 
 if __name__ == "__main__":

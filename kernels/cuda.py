@@ -154,7 +154,8 @@ def linear(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None = None) -> Te
             early = decode.dependent_launch(x.device) and decode.starts_early(z.shape[1])
             y = decode.stream(_sketch(flat, code, z.shape[1], early), z, bias)
         elif chosen == "triton":
-            y = gemm.grouped_matmul(_sketch(flat, code, z.shape[1]), z, bias)
+            pdl = decode.dependent_launch(x.device)
+            y = gemm.grouped_matmul(_sketch(flat, code, z.shape[1], pdl), z, bias, pdl=pdl)
         else:
             y = library_matmul(_sketch(flat, code, z.shape[1]), z, bias)
     return y.view(*x.shape[:-1], z.shape[0])

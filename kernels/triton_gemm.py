@@ -98,7 +98,11 @@ def _gemm_kernel(
     HALVES: tl.constexpr,
     TMA_OUT: tl.constexpr,
     ACT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        # launched while the sketch drains, to hide this launch; X̃ is complete after the wait
+        tl.extra.cuda.gdc_wait()
     tiles_m = tl.cdiv(M, BM)
     tiles_block = tl.cdiv(B_N, BN)
     tiles_n = J * tiles_block
@@ -185,6 +189,7 @@ def grouped_matmul(
     out: Tensor | None = None,
     tile: tuple[int, int, int, int] | None = None,
     block_k: int = 64,
+    pdl: bool = False,
 ) -> Tensor:
     """``act(X̃[j] @ z_jᵀ + b) + residual`` for every column block j, into ``[M, N]``.
 
@@ -197,6 +202,7 @@ def grouped_matmul(
         out: ``[M, N]`` to write to, with unit column stride.
         tile: overrides :func:`default_tile`.
         block_k: step along ``K_c``.
+        pdl: launch as dependent of the previous kernel, which must be the sketch (sm_90).
     """
     hashes, rows, reduced = sketched.shape
     out_features = z.shape[0]
@@ -231,7 +237,9 @@ def grouped_matmul(
         HALVES=halves,
         TMA_OUT=tma_out,
         ACT=ACTIVATIONS[activation],
+        PDL=pdl,
         num_warps=warps,
         num_stages=stages,
+        **({"launch_pdl": True} if pdl else {}),
     )
     return y

@@ -74,9 +74,13 @@ def _permute_kernel(
     INVERSE: tl.constexpr,
     MASK_IN: tl.constexpr,
     MASK_OUT: tl.constexpr,
+    TRIGGER: tl.constexpr,
     PROLOGUE: tl.constexpr,
 ):
     """``STEPS`` row tiles of GB supergroups: NI input planes to OB of the NO output planes."""
+    if TRIGGER:
+        # the next kernel may be launched now; it waits for this one before it reads X̃
+        tl.extra.cuda.gdc_launch_dependents()
     B8: tl.constexpr = BK // 8
     U: tl.constexpr = GB * IB * B8
     V: tl.constexpr = OB * GB * B8
@@ -195,7 +199,6 @@ def _gather_kernel(
 ):
     """BM rows of GB supergroups; all output planes, or one of them with SPLIT_OUT."""
     if TRIGGER:
-        # the next kernel may be launched now; it waits for this one before it reads X̃
         tl.extra.cuda.gdc_launch_dependents()
     B8: tl.constexpr = BK // 8
     blocks_g = tl.cdiv(G, GB)
@@ -268,6 +271,7 @@ def _launch(
         "INVERSE": inverse,
         "MASK_IN": limits[0] is not None and limits[0] != groups * group_in,
         "MASK_OUT": limits[1] is not None and limits[1] != groups * group_out,
+        "TRIGGER": pdl,
         "PROLOGUE": prologue,
     }
     vectors = pow2(count_in) * block_k // 8
@@ -287,7 +291,6 @@ def _launch(
             BM=tile,
             GB=batch,
             SPLIT_OUT=few,
-            TRIGGER=pdl,
             num_warps=2 if rows <= 4 else 4,
             **common,
         )

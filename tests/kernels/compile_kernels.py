@@ -43,6 +43,7 @@ def launch_all():
     bias = zeros(4096)
     triton_gemm.grouped_matmul(zeros(4, 4096, 512), zeros(4096, 512), bias)
     triton_gemm.grouped_matmul(zeros(8, 4096, 256), zeros(1024, 256), bias[:1024])
+    triton_gemm.grouped_matmul(zeros(4, 4096, 512), zeros(4096, 512), bias, pdl=True)
     residual = zeros(4096, 4096)
     triton_gemm.grouped_matmul(
         zeros(4, 4096, 512), zeros(4096, 512), bias, activation="gelu", residual=residual

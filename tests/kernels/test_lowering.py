@@ -80,6 +80,23 @@ def test_the_cost_model_is_near_the_measurements():
             assert 0.5 < model / measured < 2.0, (rows, name, model, measured)
 
 
+def test_the_cost_model_loses_little_against_the_table():
+    device = lowering.profile(H200)
+    regrets = []
+    for rows in (1, 16, 64, 1024, 8192):
+        for kind, hashes in (("rotation", 4), ("learned", 1)):
+            layer = replace(LAYER, rows=rows, kind=kind, hashes=hashes)
+            times = device.rows[layer.key][rows]
+            costs = {name: lowering.cost(layer, name, device) for name in layer.candidates()}
+            picked = min(costs, key=costs.__getitem__)
+            regrets.append(times[picked] / min(times[name] for name in costs))
+    assert sum(regrets) / len(regrets) < 1.1
+
+
+def test_float16_uses_the_bfloat16_measurements():
+    assert lowering.expected(replace(LAYER, dtype="float16"), H200).measured
+
+
 def test_candidates():
     assert LAYER.candidates() == ("library", "triton")
     assert replace(LAYER, tma=False).candidates() == ("library",)
