@@ -16,7 +16,7 @@ demo: $(STAMP)
 
 # OMP_NUM_THREADS: two test processes with two threads each would fight over two cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not zoo" $(PYTEST_FLAGS)
 
 # mypy reads no package-dir mapping: it gets the package as it is installed, through links.
 lint: $(STAMP)
