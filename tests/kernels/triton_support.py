@@ -4,14 +4,32 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need Triton")
-numpy = pytest.importorskip("numpy", reason="Triton's interpreter needs NumPy")
+pytest.importorskip("numpy", reason="Triton's interpreter needs NumPy")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-if not ON_GPU and tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
-    pytest.skip("the interpreter of Triton 3.6 needs NumPy < 2.4", allow_module_level=True)
 if not ON_GPU and type(triton.language.zeros).__name__ != "InterpretedFunction":
     pytest.skip("Triton was imported before TRITON_INTERPRET was set", allow_module_level=True)
+
+
+def _allow_numpy_2_4() -> None:
+    """Let the interpreter of Triton 3.6 convert its one-element arrays to loop bounds.
+
+    It calls ``int`` on an array of shape ``[1]``, which NumPy refuses since 2.4.
+    """
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if not ON_GPU:
+    _allow_numpy_2_4()
 
 # of the result's norm: rounding the output once, and for products the rounding of X̃
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
