@@ -81,7 +81,8 @@ def rewrite_sites(
         replaced[site.node] = _replace(graph, site, sketch, z, bias, replaced)
         rewrites.append(Rewrite(site, sketch, z, bias, replaced[site.node]))
     for site in sources:
-        for node in (*reversed(site.weight.path), *reversed(site.bias.path if site.bias else ())):
+        bias_path = site.bias.path if site.bias else ()
+        for node in reversed((*bias_path, *site.weight.path, *site.operands.repeats)):
             if not node.users and not node._erased:
                 graph.erase_node(node)
     graph.lint()

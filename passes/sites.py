@@ -28,6 +28,7 @@ class Operands:
         bias: the bias operand or ``None``.
         weight_is_kn: the weight is stored ``[K, N]`` and not ``[N, K]``.
         x_is_right: the node computes ``W x`` and not ``x Wᵀ``.
+        repeats: the nodes between the weight and the operator that repeat it over a batch.
     """
 
     x: fx.Node
@@ -35,6 +36,7 @@ class Operands:
     bias: fx.Node | None = None
     weight_is_kn: bool = False
     x_is_right: bool = False
+    repeats: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _site(node: fx.Node, operands: Operands, roots: frozenset[fx.Node]) -> Site 
 
 def _without_shared(sites: list[Site], skipped: list[Skipped]) -> tuple[list[Site], list[Skipped]]:
     """Move the sites whose weight has other users to ``skipped``."""
-    consumers = {(site.node, site.weight.node) for site in sites}
+    consumers = {((*site.operands.repeats, site.node)[0], site.weight.node) for site in sites}
     kept: list[Site] = []
     for site in sites:
         other = _other_user(site.weight.root, consumers)
@@ -189,6 +191,21 @@ def _addmm(node: fx.Node, roots: frozenset[fx.Node]) -> Operands | str | None:
     return Operands(x, weight, bias, weight_is_kn=True)
 
 
+def _bmm(node: fx.Node, roots: frozenset[fx.Node]) -> Operands | str | None:
+    """``bmm(x, W.expand(B, K, N))``: what a linear on a strided 3-D input decomposes to."""
+    x, weight = _argument(node, 0, "input", "self"), _argument(node, 1, "mat2")
+    repeats: list[fx.Node] = []
+    while isinstance(weight, fx.Node) and weight.target in _REPEATING:
+        inner, outer = example(weight.args[0]), example(weight)
+        if len(weight.users) != 1 or inner.shape[-2:] != outer.shape[-2:]:
+            break
+        repeats.insert(0, weight)
+        weight = weight.all_input_nodes[0]  # the others are symbolic sizes
+        if inner.dim() == 2 and frozen_value(weight, roots) is not None:
+            return Operands(x, weight, weight_is_kn=True, repeats=tuple(repeats))
+    return _BATCHED(node, roots)
+
+
 def _reason(reason: str) -> Normaliser:
     def refuse(node: fx.Node, roots: frozenset[fx.Node]) -> str | None:
         return reason if _first_frozen(node, roots) is not None else None
@@ -225,6 +242,7 @@ _ATTENTION = _reason(
     "call the projections as linear layers to have them rewritten"
 )
 _aten = torch.ops.aten
+_REPEATING = (_aten.expand.default, _aten.view.default, _aten.unsqueeze.default)
 
 _FUNCTIONS: dict[Any, Normaliser] = {
     F.linear: _linear,
@@ -241,7 +259,7 @@ _FUNCTIONS: dict[Any, Normaliser] = {
     _aten.addmm.default: _addmm,
     torch.bmm: _BATCHED,
     torch.baddbmm: _BATCHED,
-    _aten.bmm.default: _BATCHED,
+    _aten.bmm.default: _bmm,
     _aten.baddbmm.default: _BATCHED,
     torch.einsum: _einsum,
     torch.functional.einsum: _einsum,
@@ -251,10 +269,13 @@ _FUNCTIONS: dict[Any, Normaliser] = {
     torch.conv3d: _convolution,
     _aten.conv1d.default: _convolution,
     _aten.conv2d.default: _convolution,
+    _aten.conv3d.default: _convolution,
     _aten.convolution.default: _convolution,
     F.multi_head_attention_forward: _ATTENTION,
     torch._transformer_encoder_layer_fwd: _ATTENTION,
     torch._native_multi_head_attention: _ATTENTION,
+    _aten._transformer_encoder_layer_fwd.default: _ATTENTION,
+    _aten._native_multi_head_attention.default: _ATTENTION,
     F.bilinear: _reason("a bilinear form is no linear layer"),
 }
 _METHODS: dict[str, Normaliser] = {

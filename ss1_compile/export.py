@@ -318,8 +318,9 @@ class _NewInputs:
         elif target == "weight":
             stem = ""
         kind = self.specs[root].kind
-        # z depends on whether there is a bias, which centres the statistics, not on its values.
-        key = (root, site.weight.key, site.operands.weight_is_kn, structure, site.bias is None)
+        # A bias centres the statistics; otherwise z is the same for all layers of one weight.
+        centred = projection.error_of == "output" and site.bias is not None
+        key = (root, site.weight.key, site.operands.weight_is_kn, structure, centred)
         if key not in self.z:
             self.z[key] = self._add(projection.z, kind, f"{stem}z", root)
         sketch_key = (structure.code.numpy().tobytes(), structure.code.shape, projection.z.device)
