@@ -252,7 +252,7 @@ hold on this GPU only. Ceilings measured in the same run: device copy {result["c
         "*Learned* has up to 12 % more parameters than `K·N/c` (its blocks), *low rank* and "
         "*monarch* (4 blocks) are ours, at `K·N/c` parameters.\n\n"
         + layer_table(result["layers"])
-        + "\n\nLow rank writes and reads less between its two products, so it is the faster structure "
+        + "\n\nLow rank writes and reads less between its two products, so it is the faster one "
         "where N is small; SS1 keeps full rank.\n\nMore shapes, against `F.linear` alone:\n\n"
         + layer_table(result["more_layers"])
         + "\n",
