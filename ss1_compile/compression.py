@@ -12,9 +12,10 @@ from rich.progress import track
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ss1_compile.bare_parameters import bare_parameters
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError, UnhandledLinearError
-from ss1_compile.modules import SS1Linear
+from ss1_compile.modules import SS1Linear, put_layer
 from ss1_compile.projection import project
 from ss1_compile.report import LayerReport, Report, tensor_bytes
 from ss1_compile.statistics import Statistics, calibrate, execution_groups, rebind, statistics_of
@@ -80,7 +81,8 @@ def compress(
         **options: fields of :class:`SS1Config`, in place of ``config``.
 
     Returns:
-        A row per linear layer; print it.
+        A row per linear module, then one per parameter that may be a linear layer's weight but
+        that no linear module holds (they stay dense); print it.
 
     Raises:
         ConfigError: bad options.
@@ -97,6 +99,13 @@ def compress(
     for layer in layers:
         if config.strict and layer.reason is not None and not layer.by_choice:
             raise UnhandledLinearError(f"{layer.name}: {layer.reason} (strict=True)")
+    bare = bare_parameters(model, config, [layer.module for layer in layers])
+    for parameter in bare:
+        if config.strict and not parameter.by_choice:
+            raise UnhandledLinearError(
+                f"{parameter.row.name}: {parameter.row.reason} (strict=True; exclude it if it is "
+                f"no linear layer's weight)"
+            )
     _check(chosen, config, calibration, sequential)
     if sequential:
         _compress_sequentially(model, chosen, config, calibration, progress)
@@ -105,6 +114,7 @@ def compress(
         for layer in track(chosen, "projecting", disable=not progress, transient=True):
             _project(layer, config)
     report = _report(layers)
+    report.layers += [parameter.row for parameter in bare]
     report.require_some(config)
     report.warn_if_ruined(config.warn_error)
     if not dry_run:
@@ -193,7 +203,7 @@ def _unhandled(layer: _Layer, modules: Mapping[str, nn.Module]) -> str | None:
         return f"the weight is {layer.weight.dtype} {list(layer.weight.shape)}"
     for name in layer.names:
         parent = modules[name.rpartition(".")[0]]
-        if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        if isinstance(parent, nn.MultiheadAttention):
             return f"{type(parent).__name__} reads its weight directly in a fused operator"
     return None
 
@@ -317,6 +327,8 @@ def _restored(model: nn.Module, layers: list[_Layer]) -> Iterator[None]:
     that stays dense.
     """
     before = [statistics_of(layer.weight) for layer in layers]
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    activations = [encoder.activation_relu_or_gelu for encoder in encoders]
     try:
         yield
     finally:
@@ -324,12 +336,14 @@ def _restored(model: nn.Module, layers: list[_Layer]) -> Iterator[None]:
             rebind(layer.weight, statistics)
             for name in layer.names:
                 model.set_submodule(name, layer.module)
+        for encoder, activation in zip(encoders, activations, strict=True):
+            encoder.activation_relu_or_gelu = activation
 
 
 def _swap(model: nn.Module, layer: _Layer) -> None:
     if layer.replacement is not None:
         for name in layer.names:
-            model.set_submodule(name, layer.replacement)
+            put_layer(model, name, layer.replacement)
 
 
 # --- reporting ----------------------------------------------------------------------------------

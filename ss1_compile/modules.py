@@ -130,3 +130,16 @@ class SS1Linear(nn.Module):
             except StructureError as error:
                 raise StructureError(f"{prefix}sketch in the state dict: {error}") from error
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` in the place called ``name``.
+
+    In eval mode ``nn.TransformerEncoderLayer`` hands the ``weight`` of its linears to one fused
+    operator, which would materialise the dense matrix. It does so for known activations only, so
+    it is told that its own is unknown; the activation itself is another attribute.
+    """
+    model.set_submodule(name, layer)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0

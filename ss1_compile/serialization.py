@@ -39,7 +39,7 @@ from ss1_compile.checkpoint import (
 )
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CheckpointError
-from ss1_compile.modules import SS1Linear
+from ss1_compile.modules import SS1Linear, put_layer
 
 __all__ = ["SavedLayer", "SavedModel", "load", "read_config", "save"]
 
@@ -223,8 +223,7 @@ def load(
     _assign(slots, values)
     for name in saved.layers:
         if name:
-            parent, _, child = name.rpartition(".")
-            modules[parent]._modules[child] = replaced[id(modules[name])]
+            put_layer(model, name, replaced[id(modules[name])])
     return replaced.get(id(model), model)
 
 

@@ -407,3 +407,81 @@ def test_compile_compresses_and_compiles():
     assert len(report.compressed) == 8
     fast(x).sum().backward()  # and it trains
     assert model[0].q.z.grad is not None
+
+
+class Bare(nn.Module):
+    """Weights outside linear modules, next to parameters that are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(4, D, 2 * D))
+        self.weight = nn.Parameter(torch.randn(D, D))
+        self.positions = nn.Parameter(torch.randn(1, 9, D))
+        self.table = nn.Parameter(torch.randn(D, 8))
+        self.point, self.real = nn.Conv1d(D, D, 1), nn.Conv1d(D, D, 3)
+        self.norm, self.embed = nn.LayerNorm((2, D)), nn.Embedding(40, D)
+        self.lstm = nn.LSTM(D, D)
+        self.attention = nn.MultiheadAttention(D, 4)
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x):
+        return self.linear(x @ self.weight)
+
+
+def test_weights_outside_linear_modules_have_a_row_with_a_reason():
+    report = quiet(nn.Sequential(Bare()), exclude=["0.point"])
+    assert {row.name for row in report.compressed} == {"0.linear"}
+    reasons = {row.name: row.reason for row in report.left}
+    assert "outside any linear module" in reasons.pop("0")
+    assert "outside any linear module" in reasons.pop("0.experts")
+    assert "min_features" in reasons.pop("0.table")
+    assert "excluded" in reasons.pop("0.point")
+    assert "LSTM" in reasons.pop("0.lstm.weight_ih_l0")
+    assert "LSTM" in reasons.pop("0.lstm.weight_hh_l0")
+    assert "fused operator" in reasons.pop("0.attention.in_proj_weight")
+    assert "fused operator" in reasons.pop("0.attention.out_proj")
+    assert not reasons
+
+
+def test_strict_refuses_a_weight_outside_linear_modules_until_it_is_excluded():
+    names = ["0", "0.experts", "0.point", "0.lstm.*"]
+    with pytest.raises(UnhandledLinearError, match=r"0\.attention\.out_proj"):
+        quiet(nn.Sequential(Bare()), strict=True, exclude=names)
+    model = nn.Sequential(Bare())
+    del model[0].attention
+    with pytest.raises(UnhandledLinearError, match=r"0\.experts: Bare holds it"):
+        quiet(model, strict=True, exclude=["0", "0.point", "0.lstm.*"])
+    assert quiet(model, strict=True, exclude=names).compressed
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_encoder_layers_are_exact_and_compute_with_z(norm_first, activation, monkeypatch):
+    def make():
+        layer = nn.TransformerEncoderLayer(
+            D, 4, 2 * D, 0.0, activation, batch_first=True, norm_first=norm_first
+        )
+        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+    torch.manual_seed(1)
+    model, x = make(), torch.randn(3, 7, D)
+    padding = torch.arange(7) >= torch.tensor([[7], [5], [6]])
+    with torch.no_grad():
+        expected, masked = model(x), model(x, src_key_padding_mask=padding)
+        report = quiet(model, reduction=1, calibration=[x])
+        assert {row.name for row in report.compressed} == {
+            f"layers.{i}.{name}" for i in range(2) for name in ("linear1", "linear2")
+        }
+        monkeypatch.setattr(SS1Structure, "materialize", None)  # nothing may compute the dense W
+        assert relative(model(x), expected) < 1e-5
+        kept = ~padding
+        assert relative(model(x, src_key_padding_mask=padding)[kept], masked[kept]) < 1e-5
+
+
+def test_encoder_layers_that_stay_dense_keep_their_fused_operator():
+    layer = nn.TransformerEncoderLayer(D, 4, 2 * D, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(D, D)).eval()
+    quiet(model, calibration=[torch.randn(2, 7, D)], sequential=True, dry_run=True)
+    assert [layer.activation_relu_or_gelu for layer in model[0].layers] == [1, 1]
+    quiet(model, exclude=["0.layers.0.*"])
+    assert [layer.activation_relu_or_gelu for layer in model[0].layers] == [1, 0]

@@ -40,6 +40,19 @@ def folder(tmp_path: Path) -> Path:
 # --- round trips --------------------------------------------------------------------------------
 
 
+def test_encoder_layers_compute_with_z_after_loading(tmp_path, monkeypatch):
+    def make():
+        return nn.Sequential(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)).eval()
+
+    model, x = make(), torch.randn(2, 5, 64)
+    compress(model, reduction=2, warn_error=2.0, progress=False)
+    save(model, tmp_path)
+    with torch.no_grad():
+        reloaded = load(make(), tmp_path)
+        monkeypatch.setattr("ss1_compile.structure.SS1Structure.materialize", None)
+        assert torch.equal(reloaded(x), model(x))
+
+
 def test_into_a_meta_skeleton(folder):
     model, skeleton = saved_net(), meta_net()
     linears = {n for n, m in skeleton.named_modules() if isinstance(m, nn.Linear) and n != "head"}
