@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from triton_support import DTYPES, ON_GPU, assert_close, randn
 
 from ss1_compile.kernels import triton_gemm  # isort: skip

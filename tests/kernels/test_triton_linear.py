@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from triton_support import DTYPES, ON_GPU, assert_close, randn, random_code
 
 from ss1_compile.kernels import cuda, lowering, reference, triton_decode, triton_sketch  # isort: skip
@@ -27,7 +26,7 @@ def test_every_lowering_is_the_definition(
     z = randn(out_features, groups * block_k, dtype=dtype)
     b = randn(out_features, dtype=dtype) if bias else None
     expected = reference.linear(x, code, z, b)
-    for name in (None, *cuda.describe(x, code, z, b).candidates()):
+    for name in (None, *cuda.describe(x.shape[0], x.shape[1], code, z, b).candidates()):
         with lowering.override(name):
             y = cuda.linear(x, code, z, b)
         assert y.is_contiguous()
@@ -131,4 +130,3 @@ def test_runs_on_the_operands_device():
         y = cuda.linear(x, code, z, None)
     assert y.device == x.device
     assert_close(y, reference.linear(x, code, z))
-
