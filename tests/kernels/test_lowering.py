@@ -50,6 +50,13 @@ def test_the_best_of_a_measured_row_is_chosen():
             assert lowering.beats_dense(layer, H200) == (best < times["dense"])
 
 
+def test_the_shipped_table_holds_what_tune_measures():
+    rows = lowering.profile(H200).rows
+    wanted = {layer.key for layer in tune.layers(tune.LAYERS, tune.REDUCTIONS)}
+    assert set(rows) == wanted
+    assert all(tuple(by_rows) == tune.ROWS for by_rows in rows.values())
+
+
 def test_rows_fall_into_measured_buckets():
     assert [lowering.bucket(m) for m in (1, 2, 4, 5, 64, 65, 8192, 10**6)] == [
         *(1, 4, 4, 16, 64, 256, 8192, 32768)
