@@ -34,12 +34,18 @@ def figures(result: Mapping[str, Any]) -> str:
     machine, versions, documents = (result[k] for k in ("machine", "versions", "documents"))
     difference = max(result["checks"]["compiled_vs_eager"].values())
     quality = table(show.QUALITY_COLUMNS, show.quality_rows(result))
+    sentences = table(show.SENTENCE_COLUMNS, show.sentence_rows(result))
     speed = table(show.SPEED_COLUMNS, show.speed_rows(result))
     return f"""\
 all-MiniLM-L6-v2, all 36 linear layers of the encoder, {documents["calibration"]} news articles for
 calibration, quality on {documents["held_out"]} others, no fine-tuning:
 
 {quality}
+
+The same on short sentences, {documents["sentences"]} from the docstrings of Python's standard
+library, two thirds of them for calibration:
+
+{sentences}
 
 Speed in the same run, float32, against dense `torch.compile` (the linears alone: eager):
 

@@ -85,25 +85,36 @@ def unsketch(g: Tensor, code: Tensor, in_features: int) -> Tensor:
         return result
 
 
-def describe(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> lowering.Layer:
-    """The key under which :mod:`.lowering` chooses; ``x [M, K]``."""
+def describe(
+    rows: int, in_features: int, code: Tensor, z: Tensor, bias: Tensor | None
+) -> lowering.Layer:
+    """The key under which :mod:`.lowering` chooses, for ``x [rows, in_features]`` of z's dtype."""
     width = block_n(z.shape[0], code.shape[0])
     return lowering.Layer(
-        rows=x.shape[0],
-        in_features=x.shape[1],
+        rows=rows,
+        in_features=in_features,
         out_features=z.shape[0],
         reduced_features=z.shape[1],
         hashes=code.shape[0],
         kind="rotation" if is_rotation(code) else "learned",
-        dtype=_DTYPES[x.dtype],
+        dtype=_DTYPES[z.dtype],
         bias=bias is not None,
-        tma=_has_tma(x.device)
-        and x.dtype != torch.float32
+        tma=_has_tma(z.device)
+        and z.dtype != torch.float32
         and z.shape[1] % 8 == 0
         and z.stride(0) % 8 == 0
         and z.data_ptr() % 16 == 0
         and width >= 32,
     )
+
+
+def expected(
+    rows: int, in_features: int, code: Tensor, z: Tensor, bias: Tensor | None
+) -> lowering.Choice | None:
+    """What will run for ``x [rows, in_features]`` and what it should cost; None off the kernels."""
+    if not z.is_cuda or not _usable(z, code, z.shape[1]):
+        return None
+    return lowering.expected(describe(rows, in_features, code, z, bias), _device_name(z.device))
 
 
 def library_matmul(sketched: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
@@ -146,7 +157,8 @@ def linear(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None = None) -> Te
         z = z.contiguous()
     _, _, gemm, decode = kernels
     with torch.cuda.device_of(x):
-        chosen = lowering.choose(describe(flat, code, z, bias), _device_name(x.device))
+        layer = describe(flat.shape[0], flat.shape[1], code, z, bias)
+        chosen = lowering.choose(layer, _device_name(x.device))
         y: Tensor
         if chosen == "gemv":
             y = decode.gemv(flat, code.contiguous(), z, bias)

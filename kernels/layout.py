@@ -79,7 +79,7 @@ def target_slots(code: Tensor, reduced_features: int, in_features: int) -> tuple
         ``(slots int64 [J, K], signs int8 [J, K])`` with
         ``W[n, k] = signs[j, k] · z[n, slots[j, k]]`` for the rows n of column block j.
     """
-    num_hashes, num_supergroups, reduction = code.shape
+    num_hashes, num_supergroups = code.shape[:2]
     block_k = reduced_features // num_supergroups
     rotations, signs = unpack(code)
     t = torch.arange(block_k, device=code.device)

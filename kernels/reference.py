@@ -1,7 +1,7 @@
 """The definition of SS1 in float64, written for reading and not for speed.
 
-Source: "Sketch Structured Transform", NeurIPS 2024, section 3. Every other implementation is tested against this
-one; it shares no code with them, not even the unpacking of the sketch.
+Source: "Sketch Structured Transform", NeurIPS 2024, section 3. Every other implementation is
+tested against this one; it shares no code with them, not even the unpacking of the sketch.
 """
 
 from __future__ import annotations

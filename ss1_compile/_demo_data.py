@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import random
+import re
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +92,27 @@ def load_articles(calibration: int, labelled: int, held_out: int, *, seed: int =
         labelled=articles[calibration : calibration + labelled],
         held_out=articles[calibration + labelled : wanted],
     )
+
+
+def load_sentences(count: int, *, seed: int = 0) -> list[str]:
+    """English sentences from the docstrings of Python's standard library, each once.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    found: dict[str, None] = {}
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                for part in re.split(r"\n\n|\. ", ast.get_docstring(node) or ""):
+                    sentence = " ".join(part.split())
+                    if 40 < len(sentence) < 300:
+                        found[sentence] = None
+    sentences = list(found)
+    random.Random(seed).shuffle(sentences)
+    if count > len(sentences):
+        raise ValueError(f"{count} sentences wanted, the docstrings have {len(sentences)}")
+    return sentences[:count]
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], *, batch_size: int = 16) -> list[Batch]:

@@ -80,12 +80,6 @@ class Examiner:
 
     def score(self, model: Embeddings, dense: Embeddings) -> Quality:
         """The figures of ``model``; those of the dense model are relative to itself."""
-        from scipy.stats import spearmanr
-
-        similarity, reference = (e.held_out @ e.held_out.T for e in (model, dense))
-        count = len(similarity)
-        pairs = torch.triu_indices(count, count, 1).unbind()
-        rank = spearmanr(similarity[pairs].numpy(), reference[pairs].numpy()).statistic
         nearest_body = (model.titles @ model.held_out.T).argmax(1)
         centroids = torch.stack(
             [model.labelled[self._labels == i].mean(0) for i in range(len(self._sections))]
@@ -93,10 +87,20 @@ class Examiner:
         nearest_section = (model.held_out @ nn.functional.normalize(centroids).T).argmax(1)
         return Quality(
             cosine=float((model.held_out * dense.held_out).sum(1).mean()),
-            spearman=float(rank),
+            spearman=rank_correlation(model.held_out, dense.held_out),
             retrieval=float((nearest_body == torch.arange(len(nearest_body))).float().mean()),
             accuracy=float((nearest_section == self._truth).float().mean()),
         )
+
+
+def rank_correlation(embeddings: Tensor, reference: Tensor) -> float:
+    """Spearman's rank correlation of the pairwise similarities of two sets ``[n, features]``."""
+    from scipy.stats import spearmanr
+
+    count = len(reference)
+    pairs = torch.triu_indices(count, count, 1).unbind()
+    similarities = [(e @ e.T)[pairs].numpy() for e in (embeddings, reference)]
+    return float(spearmanr(*similarities).statistic)
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

@@ -25,6 +25,7 @@ QUALITY_COLUMNS = (
     "title → body",
     "sections",
 )
+SENTENCE_COLUMNS = ("model", "output error", "cosine", "rank corr.")
 SPEED_COLUMNS = ("what", "c", "ms", "against dense")
 
 
@@ -67,6 +68,14 @@ def quality_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def sentence_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Cells under :data:`SENTENCE_COLUMNS`."""
+    return [
+        (row["name"], *(f"{row[key]:.3f}" for key in ("output_error", "cosine", "spearman")))
+        for row in result["sentences"]
+    ]
+
+
 def speed_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Cells under :data:`SPEED_COLUMNS`."""
     return [
@@ -81,10 +90,11 @@ def speed_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """The quality and the speed table."""
+    """The quality and the speed tables."""
     made = []
     for title, columns, rows in (
         ("Quality on held-out text, no fine-tuning", QUALITY_COLUMNS, quality_rows(result)),
+        ("The same on short sentences", SENTENCE_COLUMNS, sentence_rows(result)),
         ("Speed, median of interleaved calls", SPEED_COLUMNS, speed_rows(result)),
     ):
         table = Table(title=title, title_justify="left")

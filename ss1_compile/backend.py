@@ -20,13 +20,14 @@ from ss1_compile.binding import Recipe, Slot, bind_fresh, bound_call
 from ss1_compile.config import SS1Config, reject_unknown_keys
 from ss1_compile.decision import Decisions, in_order
 from ss1_compile.errors import ConfigError, TrainingError
+from ss1_compile.kernels import lowering
 from ss1_compile.passes import Site, WeightSource, find_sites, rewrite_sites
 from ss1_compile.projection import Projection
 from ss1_compile.report import Report
 
 log = logging.getLogger(__name__)
 
-_OWN_OPTIONS = ("inner_backend", "inductor", "mode", "report")
+_OWN_OPTIONS = ("inner_backend", "inductor", "lowering", "mode", "report")
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,15 @@ class BackendOptions:
         config: the compression.
         inner_backend: name of the backend that compiles the rewritten graph.
         inductor: Inductor settings for this compilation only (``config_patches``).
+        lowering: run every layer that can with this one of ``kernels.lowering.NAMES`` (on a GPU),
+            instead of the one expected to be fastest.
         report: a :class:`Report` that receives a row per linear layer.
     """
 
     config: SS1Config
     inner_backend: str = "inductor"
     inductor: Mapping[str, Any] | None = None
+    lowering: str | None = None
     report: Report | None = None
 
     @classmethod
@@ -58,6 +62,10 @@ class BackendOptions:
         mode = own.pop("mode", mode)
         if not isinstance(own.get("report"), Report | None):
             raise ConfigError(f"report must be an ss1_compile.Report, got {own['report']!r}")
+        if own.get("lowering") not in (None, *lowering.NAMES):
+            raise ConfigError(
+                f"lowering must be one of {', '.join(lowering.NAMES)}, got {own['lowering']!r}"
+            )
         inductor = dict(own.pop("inductor", None) or {})
         if mode not in (None, "default"):
             try:
@@ -80,7 +88,7 @@ def ss1(
         gm: the captured graph; not modified.
         example_inputs: its inputs; parameters are real tensors.
         options: fields of :class:`SS1Config`, ``inner_backend``, ``inductor``, ``mode``,
-            ``report``.
+            ``lowering``, ``report``.
         mode: as in ``torch.compile``; handed to Inductor.
 
     Raises:
@@ -125,9 +133,15 @@ class _Compilation:
             report.require_some(self.config)
         report.warn_if_ruined(self.config.warn_error)
         log.info("graph of %d nodes: %s", len(self.gm.graph.nodes), report.summary())
-        if not self.projections:
-            return self._inner(self.gm, self.inputs)
-        return self._rewrite()
+        compiled = self._rewrite() if self.projections else self._inner(self.gm, self.inputs)
+        if self.options.lowering is None:
+            return compiled
+
+        def run(*args: Any) -> Any:
+            with lowering.override(self.options.lowering):
+                return compiled(*args)
+
+        return run
 
     # --- deciding -----------------------------------------------------------------------------
 

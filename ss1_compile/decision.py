@@ -6,6 +6,7 @@ that a configuration means the same in each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, fx
 
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import ConfigError, UnhandledLinearError
+from ss1_compile.kernels import cuda
+from ss1_compile.kernels.lowering import Choice
 from ss1_compile.passes import Site, Skipped
 from ss1_compile.passes.frozen import example
 from ss1_compile.projection import Projection
@@ -88,8 +91,10 @@ class Decisions:
         weight = _value(entry.weight.node) if entry.weight else None
         bias = _value(entry.bias.node) if isinstance(entry, Site) and entry.bias else None
         before = after = tensor_bytes([weight, bias])
+        choice: Choice | None = None
         if projection is not None and structure is not None:
             after = tensor_bytes([projection.z, bias, structure.code])
+            choice = _expected(entry, structure, projection)
         shape: tuple[int, int] | None = None
         if isinstance(entry, Site):
             shape = entry.shape
@@ -107,6 +112,8 @@ class Decisions:
                 error_of=projection.error_of if projection else None,
                 projection=projection.method if projection else None,
                 reason=reason,
+                lowering=choice.lowering if choice else None,
+                speedup=choice.speedup if choice else None,
             )
         )
 
@@ -125,6 +132,22 @@ def operator_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target.overloadpacket)
     return getattr(node.target, "__name__", str(node.target))
+
+
+def _expected(
+    entry: Site | Skipped, structure: SS1Structure, projection: Projection
+) -> Choice | None:
+    """What a GPU will run for the site; symbolic sizes count as in the example inputs."""
+    x = _value(entry.operands.x) if isinstance(entry, Site) else None
+    if x is None or not projection.z.is_cuda:
+        return None
+    sizes = [size if isinstance(size, int) else size.node.hint for size in x.shape]
+    if None in sizes:
+        return None
+    code = structure.code.to(projection.z.device)
+    rows = math.prod(sizes) // structure.in_features
+    bias = projection.bias if isinstance(entry, Site) and entry.bias else None
+    return cuda.expected(rows, structure.in_features, code, projection.z, bias)
 
 
 def _value(node: fx.Node) -> Any:

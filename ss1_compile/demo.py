@@ -25,7 +25,13 @@ from torch import nn
 
 from ss1_compile import _demo_data as data
 from ss1_compile import _demo_show as show
-from ss1_compile._demo_measure import Examiner, Speed, embed, relative_difference
+from ss1_compile._demo_measure import (
+    Examiner,
+    Speed,
+    embed,
+    rank_correlation,
+    relative_difference,
+)
 from ss1_compile.compression import compress
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import SS1Warning, VerificationError
@@ -51,6 +57,8 @@ class DemoOptions:
         calibration: number of calibration documents.
         labelled: number of documents that the section centroids are made of.
         held_out: number of documents that quality is measured on.
+        sentences: number of short sentences for a second, unlabelled measurement at the smallest c:
+            two thirds for calibration, the rest held out.
         sequential: also calibrate sequentially (a pass over the data per group of layers).
         encoder_layer: also time a BERT-base-shaped encoder layer and its linears alone.
         rounds: turns of each candidate of a timing.
@@ -63,6 +71,7 @@ class DemoOptions:
     calibration: int = 512
     labelled: int = 100
     held_out: int = 150
+    sentences: int = 1536
     sequential: bool = False
     encoder_layer: bool = True
     rounds: int = 6
@@ -76,6 +85,7 @@ class DemoOptions:
             "calibration": 32,
             "labelled": 40,
             "held_out": 40,
+            "sentences": 96,
             "encoder_layer": False,
             "rounds": 2,
         }
@@ -116,6 +126,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
     job = _QualityJob(model, statistics, batches, Examiner(articles, tokenizer), step)
     quality = job.run(options)
     console.print(job.shown)
+    sentences = job.run_sentences(tokenizer, options)
 
     console.rule("speed and checks")
     sample = data.sample_batch(tokenizer, [a.body for a in articles.held_out])
@@ -139,9 +150,11 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
             "calibration": options.calibration,
             "labelled": options.labelled,
             "held_out": options.held_out,
+            "sentences": options.sentences,
             "max_tokens": data.MAX_TOKENS,
         },
         "quality": quality,
+        "sentences": sentences,
         "speed": speed.results,
         "checks": checks,
         "seconds": round(time.perf_counter() - started, 1),
@@ -227,7 +240,7 @@ class _QualityJob:
         methods = ["average", "calibrated", *(["sequential"] if options.sequential else [])]
         for reduction in options.reductions:
             for method in methods:
-                model, report = self._compress(reduction, method)
+                model, report = self._compress(reduction, method, self.statistics)
                 seconds = self.step.seconds
                 with self.step(f"c = {reduction}, {method}: embedding the held-out documents"):
                     embeddings = self.examiner.embed(model)
@@ -247,12 +260,38 @@ class _QualityJob:
                     self.kept[reduction], self.shown = model, report
         return rows
 
-    def _compress(self, reduction: int, method: str) -> tuple[nn.Module, Report]:
+    def run_sentences(self, tokenizer: Any, options: DemoOptions) -> list[dict[str, Any]]:
+        """The same on short sentences: a row per method at the smallest c."""
+        texts = data.load_sentences(options.sentences)
+        seen = 2 * len(texts) // 3
+        calibration = data.tokenize(tokenizer, texts[:seen], batch_size=64)
+        held_out = data.tokenize(tokenizer, texts[seen:], batch_size=64)
+        with self.step("input statistics on short sentences"):
+            statistics = calibrate(self.dense, calibration)
+        reference = embed(self.dense, held_out)
+        reduction, rows = min(options.reductions), []
+        for method in ("average", "calibrated"):
+            model, report = self._compress(reduction, method, statistics)
+            with self.step(f"c = {reduction}, {method}: embedding the held-out sentences"):
+                embeddings = embed(model, held_out)
+            rows.append(
+                {
+                    "name": f"{method}, c = {reduction}",
+                    "output_error": report.mean_error,
+                    "cosine": float((embeddings * reference).sum(1).mean()),
+                    "spearman": rank_correlation(embeddings, reference),
+                }
+            )
+        return rows
+
+    def _compress(
+        self, reduction: int, method: str, statistics: Statistics
+    ) -> tuple[nn.Module, Report]:
         """A compressed copy, and a report whose errors are relative to the layers' outputs."""
         model = copy.deepcopy(self.dense)
         projection = "average" if method == "average" else "calibrated"
         config = SS1Config.from_dict({"reduction": reduction, "projection": projection})
-        calibration = {"calibrated": self.statistics, "sequential": self.batches}.get(method)
+        calibration = {"calibrated": statistics, "sequential": self.batches}.get(method)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", SS1Warning)
             with self.step(f"c = {reduction}, {method}: compressing"):
@@ -263,9 +302,7 @@ class _QualityJob:
             # The model above saw no data, as in the paper. Its output error is measured on a copy.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SS1Warning)
-                report = compress(
-                    copy.deepcopy(self.dense), config, self.statistics, progress=False
-                )
+                report = compress(copy.deepcopy(self.dense), config, statistics, progress=False)
         return model, report
 
     def timed(self, options: DemoOptions) -> dict[int, nn.Module]:

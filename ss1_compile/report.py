@@ -39,6 +39,10 @@ class LayerReport:
             ``"weight"``.
         projection: the method that made z.
         reason: why the layer was left dense; ``None`` if it was compressed.
+        lowering: the kernels that will run it on its GPU at the compiled number of rows; ``None``
+            on the CPU, and where the rows are not known.
+        speedup: what that is expected to gain over the dense layer (1 is as fast), from the table
+            measured on that GPU, else from a cost model.
     """
 
     name: str
@@ -51,6 +55,8 @@ class LayerReport:
     error_of: Literal["output", "weight"] | None = None
     projection: str | None = None
     reason: str | None = None
+    lowering: str | None = None
+    speedup: float | None = None
 
     @property
     def compressed(self) -> bool:
@@ -157,6 +163,9 @@ class Report:
                 size += f" → {layer.bytes_after / 1024:.0f}"
             error = "" if layer.error is None else f"{layer.error:.3f} ({layer.error_of})"
             note = layer.reason or ("exact" if layer.exact else layer.projection or "")
+            if layer.speedup is not None:
+                note += f", {layer.lowering} {layer.speedup:.1f}×"
+                note += " (slower than dense here)" if layer.speedup < 1 else ""
             c = str(layer.reduction or "")
             # Patterns such as "layer.[0-3].*" in a reason would read as markup.
             cells = (layer.name, layer.op, shape, c, size, error, note)

@@ -330,6 +330,7 @@ def test_training_is_refused_loudly():
         ({"reduction": 0}, "reduction must be at least 1"),
         ({"mode": "fastest"}, "mode='fastest'"),
         ({"report": []}, "report must be"),
+        ({"lowering": "fastest"}, "lowering must be one of library, triton"),
         ({"inductor": {"max_autotune": True}}, "need inner_backend='inductor'"),
     ],
 )
@@ -393,3 +394,40 @@ def test_config_means_the_same_as_in_compress():
     assert [(r.name, r.reduction, r.reason) for r in rows] == [
         (r.name, r.reduction, r.reason) for r in report
     ]
+
+
+def test_lowering_override_holds_while_the_compiled_graph_runs(monkeypatch):
+    from ss1_compile.kernels import lowering, native
+
+    seen = []
+    real = native.linear
+
+    def linear(*args):
+        seen.append(lowering._override.get())
+        return real(*args)
+
+    monkeypatch.setattr(native, "linear", linear)
+    call_compiled(Mlp(), lowering="library")
+    assert set(seen) == {"library"}
+    assert lowering._override.get() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"])
+def test_gpu_modes(mode):
+    model = Mlp(256, 1024).eval().cuda().half()
+    x = torch.randn(96, 256, device="cuda", dtype=torch.half)
+    report = Report()
+    options = {"warn_error": 2.0, "report": report, **({"mode": mode} if mode else {})}
+    oracle = ss1_of(model)
+    with torch.no_grad():
+        fast = torch.compile(model, backend="ss1", options=options)
+        for _ in range(4):  # warm-up, recording and replay of CUDA graphs
+            y = fast(x).clone()
+        assert_same(y.float(), oracle(x).float(), 5e-3)
+        in_place(model)
+        assert_same(fast(x).float(), ss1_of(model)(x).float(), 5e-3)
+        for rows in (1, 17, 300):
+            x = torch.randn(rows, 256, device="cuda", dtype=torch.half)
+            assert_same(fast(x).float(), ss1_of(model)(x).float(), 5e-3)
+    assert all(row.lowering is not None and row.speedup > 0 for row in report.compressed)

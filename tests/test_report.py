@@ -87,6 +87,8 @@ def test_json(report):
         "error_of": "output",
         "projection": "calibrated",
         "reason": None,
+        "lowering": None,
+        "speedup": None,
     }
     assert values["layers"][1]["shape"] is None
     assert "\n" not in report.to_json(indent=None)
