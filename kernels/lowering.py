@@ -33,7 +33,7 @@ _BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 8192, 16384, 32768)
 _override: ContextVar[str | None] = ContextVar("ss1_lowering", default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Layer:
     """Everything a choice depends on.
 
@@ -228,7 +228,11 @@ def _expected(layer: Layer, device_name: str, rows_bucket: int) -> Choice:
 
 def choose(layer: Layer, device_name: str) -> str:
     """The lowering to run: the override if it can run this layer, else the expected best."""
-    forced = _override.get()
+    return _choose(layer, device_name, _override.get())
+
+
+@lru_cache(maxsize=4096)
+def _choose(layer: Layer, device_name: str, forced: str | None) -> str:
     if forced is not None and forced in layer.candidates():
         return forced
     return expected(layer, device_name).lowering
