@@ -3,6 +3,7 @@
 One file each; every pass states what it rewrites and can be run alone on a hand-built graph.
 """
 
+from ss1_compile.passes.expand import expand_linears, inline_checkpoints
 from ss1_compile.passes.frozen import FrozenValue
 from ss1_compile.passes.rewrite import Rewrite, WeightSource, rewrite_sites
 from ss1_compile.passes.sites import Site, Skipped, find_sites
@@ -13,6 +14,8 @@ __all__ = [
     "Site",
     "Skipped",
     "WeightSource",
+    "expand_linears",
     "find_sites",
+    "inline_checkpoints",
     "rewrite_sites",
 ]

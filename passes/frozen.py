@@ -57,7 +57,11 @@ _ATEN = frozenset(
     (
         "t",
         "transpose",
+        "swapaxes",
         "permute",
+        "numpy_T",
+        "matrix_H",
+        "mT",
         "view",
         "reshape",
         "_unsafe_view",

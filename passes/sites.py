@@ -84,7 +84,9 @@ def find_sites(graph: fx.Graph, frozen: Iterable[fx.Node]) -> tuple[list[Site], 
         normalise = _normaliser(node)
         found = normalise(node, roots) if normalise else None
         if isinstance(found, str):
-            skipped.append(Skipped(node, _first_frozen(node, roots), found))
+            weights: list[FrozenValue | None] = [*_frozen_operands(node, roots)]
+            count = None if normalise in (_ATTENTION, _RECURRENT) else 1  # these hold several
+            skipped.extend(Skipped(node, weight, found) for weight in weights[:count] or [None])
         elif isinstance(found, Operands):
             site = _site(node, found, roots)
             if isinstance(site, Site):
@@ -187,7 +189,7 @@ def _addmm(node: fx.Node, roots: frozenset[fx.Node]) -> Operands | str | None:
             return None
         return "addmm with the weight on the left"
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-        return "addmm with alpha or beta other than 1"
+        return "addmm with alpha or beta other than 1"  # if the expansion was not wanted
     return Operands(x, weight, bias, weight_is_kn=True)
 
 
@@ -208,32 +210,32 @@ def _bmm(node: fx.Node, roots: frozenset[fx.Node]) -> Operands | str | None:
 
 def _reason(reason: str) -> Normaliser:
     def refuse(node: fx.Node, roots: frozenset[fx.Node]) -> str | None:
-        return reason if _first_frozen(node, roots) is not None else None
+        return reason if _frozen_operands(node, roots) else None
 
     return refuse
 
 
 def _einsum(node: fx.Node, roots: frozenset[fx.Node]) -> str | None:
-    found = _first_frozen(node, roots)
-    if found is None:
+    if not _frozen_operands(node, roots):
         return None
-    return f"einsum {node.args[0]!r} with a weight is not rewritten; use F.linear"
+    return f"einsum {node.args[0]!r} with a weight is no linear layer of explicit indices"
 
 
 def _convolution(node: fx.Node, roots: frozenset[fx.Node]) -> str | None:
     weight = example(_argument(node, 1, "weight"))
     if not isinstance(weight, Tensor) or any(size != 1 for size in weight.shape[2:]):
         return None  # a real convolution is no linear layer
-    return "a 1×1 convolution is not rewritten; use F.linear on channels-last input"
+    return "a 1×1 convolution with groups or padding is not rewritten"
 
 
-def _first_frozen(node: fx.Node, roots: frozenset[fx.Node]) -> FrozenValue | None:
-    """The first operand of at least two dimensions that is frozen."""
+def _frozen_operands(node: fx.Node, roots: frozenset[fx.Node]) -> list[FrozenValue]:
+    """The operands of at least two dimensions that are frozen, one per parameter."""
+    found: dict[fx.Node, FrozenValue] = {}
     for operand in node.all_input_nodes:
         value = frozen_value(operand, roots)
         if value is not None and getattr(example(operand), "ndim", 2) >= 2:
-            return value
-    return None
+            found.setdefault(value.root, value)
+    return list(found.values())
 
 
 _BATCHED = _reason("a batched weight (one matrix per group) is not rewritten")
@@ -241,6 +243,7 @@ _ATTENTION = _reason(
     "an opaque attention operator holds its projections inside; "
     "call the projections as linear layers to have them rewritten"
 )
+_RECURRENT = _reason("a recurrent operator holds its linear layers inside")
 _aten = torch.ops.aten
 _REPEATING = (_aten.expand.default, _aten.view.default, _aten.unsqueeze.default)
 
@@ -271,13 +274,21 @@ _FUNCTIONS: dict[Any, Normaliser] = {
     _aten.conv2d.default: _convolution,
     _aten.conv3d.default: _convolution,
     _aten.convolution.default: _convolution,
+    torch._grouped_mm: _BATCHED,
+    _aten._grouped_mm.default: _BATCHED,
     F.multi_head_attention_forward: _ATTENTION,
     torch._transformer_encoder_layer_fwd: _ATTENTION,
     torch._native_multi_head_attention: _ATTENTION,
     _aten._transformer_encoder_layer_fwd.default: _ATTENTION,
     _aten._native_multi_head_attention.default: _ATTENTION,
+    _aten.lstm.input: _RECURRENT,
+    _aten.gru.input: _RECURRENT,
+    _aten.rnn_tanh.input: _RECURRENT,
+    _aten.rnn_relu.input: _RECURRENT,
     F.bilinear: _reason("a bilinear form is no linear layer"),
 }
+if hasattr(F, "grouped_mm"):  # newer than the oldest supported torch
+    _FUNCTIONS[F.grouped_mm] = _BATCHED
 _METHODS: dict[str, Normaliser] = {
     "mm": _matmul,
     "matmul": _matmul,

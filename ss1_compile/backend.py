@@ -21,7 +21,15 @@ from ss1_compile.config import SS1Config, reject_unknown_keys
 from ss1_compile.decision import Decisions, in_order
 from ss1_compile.errors import ConfigError, TrainingError
 from ss1_compile.kernels import lowering
-from ss1_compile.passes import Site, WeightSource, find_sites, rewrite_sites
+from ss1_compile.nested import nested_linears
+from ss1_compile.passes import (
+    Site,
+    WeightSource,
+    expand_linears,
+    find_sites,
+    inline_checkpoints,
+    rewrite_sites,
+)
 from ss1_compile.projection import Projection
 from ss1_compile.report import Report
 
@@ -115,14 +123,20 @@ class _Compilation:
         self.projections: dict[Site, tuple[Slot, Projection]] = {}
 
     def run(self, whole_model: bool) -> Callable[..., Any]:
-        frozen = [n for n in self.placeholders if _is_static(n)]
+        if not torch.is_grad_enabled():
+            inline_checkpoints(self.gm)
+        frozen = {n: _layer_name(n) for n in self.placeholders if _is_static(n)}
+        expand_linears(self.gm.graph, frozen, self._wanted)
         sites, skipped = find_sites(self.gm.graph, frozen)
         for entry in in_order(self.gm.graph, sites, skipped):
             if isinstance(entry, Site):
                 self._consider(entry)
             else:
-                name = _layer_name(entry.weight.root) if entry.weight else entry.node.name
+                name = frozen[entry.weight.root] if entry.weight else _module_name(entry.node)
                 self.decisions.leave(entry, name, entry.reason)
+        for node in self.gm.graph.nodes:
+            for inner, name in nested_linears(self.gm, node, frozen):
+                self.decisions.leave(inner, name, inner.reason)
         report = self.decisions.report
         ops = (torch.ops.ss1.linear, torch.ops.ss1.linear.default)
         already = [n for n in self.gm.graph.nodes if n.target in ops]
@@ -144,6 +158,9 @@ class _Compilation:
         return run
 
     # --- deciding -----------------------------------------------------------------------------
+
+    def _wanted(self, root: fx.Node, n: int, k: int) -> bool:
+        return not isinstance(self.config.reduction_for(_layer_name(root), k, n), str)
 
     def _consider(self, site: Site) -> None:
         """Project the site's weight, or leave it with a reason."""
@@ -282,6 +299,13 @@ def _layer_name(node: fx.Node) -> str:
     text = source.name if isinstance(source.name, str) else source.name()
     parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", text)
     return ".".join(parts).removesuffix(".weight") if parts else text
+
+
+def _module_name(node: fx.Node) -> str:
+    """The name of the module whose ``forward`` made the node; the node's own if it is unknown."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    text = str(stack[-1][0]) if stack else ""  # "L['self'].encoder.0"
+    return re.sub(r"^\w+\['\w+'\]\.?", "", text) or node.name
 
 
 def _is_whole_model(gm: fx.GraphModule) -> bool:

@@ -6,7 +6,6 @@ or an LSTM's weights are out of its reach, and its report says so instead of bei
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -78,6 +77,7 @@ def _bare(
     name: str, module: nn.Module, parameter: nn.Parameter, config: SS1Config
 ) -> BareParameter:
     kind = type(module).__name__
+    shape: tuple[int, int] | None
     if isinstance(module, _ConvNd):
         n, k = parameter.shape[:2]
         reason = f"a 1×1 convolution is no linear module, and compress replaces those; {_OTHER}"
@@ -89,12 +89,17 @@ def _bare(
             reason = f"{kind} multiplies by it inside one operator"
         else:
             reason = f"{kind} holds it outside any linear module; {_OTHER}"
+    if parameter.dim() > 2 and not isinstance(module, _ConvNd):
+        k = n = max(parameter.shape)  # which of its dimensions are features is unknown
+        shape = None
+    else:
+        shape = (n, k)
     choice = config.reduction_for(name, k, n)
     size = tensor_bytes([parameter])
     row = LayerReport(
         name=name,
         op=kind,
-        shape=(n, k) if math.prod(parameter.shape) == n * k else None,
+        shape=shape,
         bytes_before=size,
         bytes_after=size,
         reason=choice if isinstance(choice, str) else reason,

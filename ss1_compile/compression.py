@@ -180,6 +180,16 @@ def _is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether ``forward`` is that of ``nn.Linear``, or known to compute the same (Falcon's)."""
+    kind = type(module)
+    falcon = (kind.__name__, kind.__module__.rpartition(".")[2]) == (
+        "FalconLinear",
+        "modeling_falcon",
+    )
+    return falcon or kind.forward is nn.Linear.forward
+
+
 def _is_linear_like(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
@@ -193,7 +203,7 @@ def _shape(layer: _Layer) -> tuple[int, int]:
 def _unhandled(layer: _Layer, modules: Mapping[str, nn.Module]) -> str | None:
     """Why the module cannot be swapped, or ``None`` if it can."""
     module = layer.module
-    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+    if isinstance(module, nn.Linear) and not _computes_linear(module):
         return f"{type(module).__name__} overrides forward"
     if parametrize.is_parametrized(module) or "weight" not in module._parameters:
         return "the weight is parametrised (weight norm, LoRA, ...): merge it first"

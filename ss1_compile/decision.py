@@ -73,8 +73,15 @@ class Decisions:
         """Leave a linear dense that cannot be handled, with a row.
 
         Raises:
-            UnhandledLinearError: ``strict`` is on.
+            UnhandledLinearError: ``strict`` is on, and the configuration does not leave the layer
+                dense anyway.
         """
+        weight = _value(entry.weight.node) if entry.weight else None
+        shape = tuple(weight.shape) if weight is not None and weight.dim() == 2 else (2**62, 2**62)
+        choice = self.config.reduction_for(name, *reversed(shape))
+        if isinstance(choice, str):
+            self._row(entry, name, reason=choice)
+            return
         if self.config.strict:
             raise UnhandledLinearError(f"{name}: {reason} (strict=True)")
         self._row(entry, name, reason=reason)

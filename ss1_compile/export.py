@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -17,13 +17,19 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
-from torch.utils import _pytree as pytree
 
 from ss1_compile.config import SS1Config
-from ss1_compile.decision import Decisions, in_order
+from ss1_compile.decision import Decisions
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError
-from ss1_compile.passes import Site, Skipped, WeightSource, find_sites, rewrite_sites
-from ss1_compile.passes.frozen import frozen_value
+from ss1_compile.nested import nested_linears
+from ss1_compile.passes import (
+    Site,
+    Skipped,
+    WeightSource,
+    expand_linears,
+    find_sites,
+    rewrite_sites,
+)
 from ss1_compile.projection import Projection, project
 from ss1_compile.report import Report
 from ss1_compile.statistics import InputStatistics, Statistics, statistics_of
@@ -142,32 +148,41 @@ class _Rewriting:
 
     def decide(self) -> None:
         """Project or leave every linear layer, in the order of the graph."""
-        entries: dict[fx.Node, Site | Skipped] = {}
+        expand_linears(self.graph, self.names, self._wanted)
+        entries: dict[fx.Node, list[Site | Skipped]] = {}
         for found in find_sites(self.graph, self.names):
-            entries.update((entry.node, entry) for entry in found)
+            for entry in found:
+                entries.setdefault(entry.node, []).append(entry)
         written = {spec.target for spec in self.ep.graph_signature.output_specs}
         for node in self.graph.nodes:
-            entry = entries.get(node)
-            if entry is None:
-                for inner, target in _nested(self.ep.graph_module, node, self.names):
+            for entry in entries.get(node, ()):
+                self._decide(entry, written)
+            if node not in entries:
+                for inner, target in nested_linears(self.ep.graph_module, node, self.names):
                     self.decisions.leave(inner, self._layer_name(inner.node, target), inner.reason)
-                continue
-            name = self._layer_name(node, self.names[entry.weight.root] if entry.weight else None)
-            if isinstance(entry, Skipped):
-                self.decisions.leave(entry, name, entry.reason)
-                continue
-            operands = [self.names[v.root] for v in (entry.weight, entry.bias) if v is not None]
-            changing = [target for target in operands if target in written]
-            tied = [self.names[twin] for twin in self._twins(entry.weight.root) if twin.users]
-            if changing:
-                self.decisions.leave(entry, name, f"the program writes to {changing[0]}")
-            elif tied:
-                self.decisions.leave(entry, name, f"the weight is tied to {tied[0]}")
-            else:
-                self._consider(entry, name)
         unknown = set(self.decisions.structures) - {row.name for row in self.decisions.report}
         if unknown:
             raise ConfigError(f"structures names no linear layer of the program: {sorted(unknown)}")
+
+    def _decide(self, entry: Site | Skipped, written: set[str | None]) -> None:
+        node = entry.node
+        name = self._layer_name(node, self.names[entry.weight.root] if entry.weight else None)
+        if isinstance(entry, Skipped):
+            self.decisions.leave(entry, name, entry.reason)
+            return
+        operands = [self.names[v.root] for v in (entry.weight, entry.bias) if v is not None]
+        changing = [target for target in operands if target in written]
+        tied = [self.names[twin] for twin in self._twins(entry.weight.root) if twin.users]
+        if changing:
+            self.decisions.leave(entry, name, f"the program writes to {changing[0]}")
+        elif tied:
+            self.decisions.leave(entry, name, f"the weight is tied to {tied[0]}")
+        else:
+            self._consider(entry, name)
+
+    def _wanted(self, root: fx.Node, n: int, k: int) -> bool:
+        name = self.names[root].removesuffix(".weight")
+        return not isinstance(self.config.reduction_for(name, k, n), str)
 
     def _consider(self, site: Site, name: str) -> None:
         structure = self.decisions.structure(site, name)
@@ -398,34 +413,3 @@ def _copy(graph: fx.Graph) -> fx.Graph:
     for old, copied in mapping.items():
         copied.name = old.name
     return new
-
-
-def _nested(
-    module: nn.Module, node: fx.Node, names: Mapping[fx.Node, str]
-) -> Iterator[tuple[Skipped, str]]:
-    """The linears in the bodies of a higher-order operator (``torch.cond``, a ``no_grad`` region).
-
-    Yields each with the name of its weight.
-    """
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
-        return
-    operands = pytree.tree_leaves((node.args, node.kwargs))
-    for operand in operands:
-        if not isinstance(operand, fx.Node) or operand.op != "get_attr":
-            continue
-        body = getattr(module, str(operand.target), None)
-        if not isinstance(body, fx.GraphModule):
-            continue
-        inputs = _placeholders(body.graph)
-        inner: dict[fx.Node, str] = {}
-        for placeholder, outer in zip(inputs, operands[len(operands) - len(inputs) :], strict=True):
-            value = frozen_value(outer, frozenset(names))
-            if value is not None:
-                inner[placeholder] = names[value.root]
-        sites, skipped = find_sites(body.graph, inner)
-        for entry in in_order(body.graph, sites, skipped):
-            if entry.weight is not None:
-                reason = f"inside {node.target.name()}, whose body is not rewritten"
-                yield Skipped(entry.node, entry.weight, reason), inner[entry.weight.root]
-        for body_node in body.graph.nodes:
-            yield from _nested(body, body_node, inner)

@@ -357,7 +357,7 @@ def test_strict_names_the_first_unhandled_linear():
             self.ok = nn.Linear(D, D)
 
         def forward(self, x):
-            return self.ok(torch.einsum("mk,nk->mn", x, self.w))
+            return self.ok(torch.einsum("...k,nk->...n", x, self.w))
 
     with pytest.raises(Exception, match="UnhandledLinearError: w: einsum"):
         call_compiled(Odd(), strict=True)
@@ -431,3 +431,78 @@ def test_gpu_modes(mode):
             x = torch.randn(rows, 256, device="cuda", dtype=torch.half)
             assert_same(fast(x).float(), ss1_of(model)(x).float(), 5e-3)
     assert all(row.lowering is not None and row.speedup > 0 for row in report.compressed)
+
+
+def test_weights_that_stay_dense_are_named():
+    """A computed weight by its module, each weight of a fused operator, those in a branch."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(D, D))
+            self.attention = nn.MultiheadAttention(D, 4, batch_first=True)
+            self.yes, self.no, self.ok = (nn.Linear(D, D) for _ in range(3))
+
+        def forward(self, x):
+            x = self.normed(self.ok(x))
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+            return torch.cond(x.sum() > 0, lambda x: self.yes(x), lambda x: self.no(x), (x,))
+
+    torch._dynamo.reset()
+    report, model, x = Report(), Odd().eval(), torch.randn(2, 5, D)
+    options = {"reduction": 1, "report": report, "inner_backend": "eager"}
+    with torch.no_grad():
+        fast = torch.compile(model, backend="ss1", options=options)
+        assert_same(fast(x), model(x))
+    assert {row.name for row in report.compressed} == {"ok"}
+    reasons = {row.name: row.reason for row in report.left}
+    assert "computed" in reasons.pop("normed")
+    assert "opaque" in reasons.pop("attention.in_proj_weight")
+    assert "opaque" in reasons.pop("attention.out_proj")
+    assert "inside cond" in reasons.pop("yes")
+    assert "inside cond" in reasons.pop("no")
+    assert not reasons
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_other_spellings_are_rewritten_with_symbolic_sizes(dynamic):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.Parameter(torch.randn(D, 4, 32) / 8)
+            self.merge = nn.Parameter(torch.randn(4, 32, D) / 8)
+            self.point = nn.Conv1d(D, D, 1)
+
+        def forward(self, x):
+            h = torch.einsum("btd,dhk->bhtk", x, self.heads)
+            y = torch.einsum("bhtk,hkd->btd", h, self.merge)
+            y = self.point(y.transpose(1, 2))
+            return y.view(y.shape[0], -1)
+
+    torch._dynamo.reset()
+    report, model = Report(), Odd().eval()
+    options = {"reduction": 1, "report": report, "inner_backend": "aot_eager"}
+    fast = torch.compile(model, backend="ss1", options=options, dynamic=dynamic)
+    with torch.no_grad():
+        for shape in ((2, 5, D), (3, 7, D)):
+            x = torch.randn(shape)
+            assert_same(fast(x), model(x))
+    assert {row.name for row in report.compressed} == {"heads", "merge", "point"}
+    assert not report.left
+
+
+def test_checkpointed_blocks_are_rewritten():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Mlp()
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+
+    torch._dynamo.reset()
+    report, model, x = Report(), Model().eval(), torch.randn(5, D)
+    options = {"reduction": 1, "report": report, "inner_backend": "eager"}
+    with torch.no_grad():
+        assert_same(torch.compile(model, backend="ss1", options=options)(x), model(x))
+    assert {row.name for row in report.compressed} == {"block.up", "block.down"}

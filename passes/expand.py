@@ -1,0 +1,244 @@
+"""Spell out, as ``aten.linear`` and views, the linear layers that come in another form.
+
+    addmm(b, x, W, beta=β, alpha=α)  ->  β·b + α·mm(x, W)
+    conv(x, W [N, K, 1, 1], b)       ->  linear(x as [..., K], W [N, K], b), channels moved back
+    einsum("bthk,hkd->btd", x, W)    ->  linear(x as [b, t, h·k], W as [d, h·k])
+    checkpoint(body, *x)             ->  body(*x), without gradients
+
+Whatever does not fit stays as it is, for :mod:`~ss1_compile.passes.sites` to give a reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ss1_compile.passes.frozen import example, frozen_value
+
+_aten = torch.ops.aten
+Wanted = Callable[[fx.Node, int, int], bool]
+"""``(root of the weight, N, K)`` → whether the layer is to be rewritten."""
+
+
+def expand_linears(graph: fx.Graph, frozen: Iterable[fx.Node], wanted: Wanted) -> int:
+    """Spell out the layers of ``graph``, in place, that ``wanted`` accepts; returns their number.
+
+    Args:
+        graph: torch or ATen operators, with example values in ``node.meta``.
+        frozen: the nodes of the parameters.
+        wanted: other layers keep their form, as the new one may be slower.
+    """
+    roots = frozenset(frozen)
+    count = 0
+    for node in list(graph.nodes):
+        expand = _EXPANSIONS.get(node.target) if node.op == "call_function" else None
+        if node.op == "call_method" and node.target == "addmm":
+            expand = _addmm
+        if expand is None:
+            continue
+        with graph.inserting_before(node):
+            out = expand(node, _Emit(graph, node), roots, wanted)
+        if out is not None:
+            node.replace_all_uses_with(out)
+            graph.erase_node(node)
+            out.name = node.name  # signatures refer to outputs by name
+            count += 1
+    return count
+
+
+class _Emit:
+    """Adds nodes in place of ``node``, with their example values."""
+
+    def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
+        self.graph = graph
+        self.key = "val" if "val" in node.meta else "example_value"
+        self.meta = {k: v for k, v in node.meta.items() if k not in ("val", "example_value")}
+
+    def __call__(self, target: torch._ops.OpOverload, *args: Any) -> fx.Node:
+        made = self.graph.call_function(target, args)
+        made.meta.update(self.meta)
+        with torch.no_grad():
+            made.meta[self.key] = target(*fx.map_arg(args, example))
+        return made
+
+
+def _wanted_root(weight: object, roots: frozenset[fx.Node], wanted: Wanted, n: int, k: int) -> bool:
+    value = frozen_value(weight, roots)
+    return value is not None and wanted(value.root, n, k)
+
+
+# --- addmm --------------------------------------------------------------------------------------
+
+
+def _addmm(node: fx.Node, emit: _Emit, roots: frozenset[fx.Node], wanted: Wanted) -> fx.Node | None:
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    if len(node.args) != 3 or (alpha == 1 and beta == 1) or beta == 0:
+        return None  # with beta = 0 a bias that is not finite is ignored
+    bias, x, weight = node.args
+    value = example(weight)
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        return None
+    if not _wanted_root(weight, roots, wanted, value.shape[1], value.shape[0]):
+        return None
+    y = emit(_aten.mul.Tensor, emit(_aten.mm.default, x, weight), alpha)
+    return emit(_aten.add.Tensor, y, emit(_aten.mul.Tensor, bias, beta))
+
+
+# --- 1×1 convolutions ---------------------------------------------------------------------------
+
+
+def _convolution(
+    node: fx.Node, emit: _Emit, roots: frozenset[fx.Node], wanted: Wanted
+) -> fx.Node | None:
+    names = ("input", "weight", "bias", "stride", "padding", "dilation")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    if node.target is _aten.convolution.default:
+        transposed, groups = node.args[6], node.args[8]
+    else:
+        transposed, groups = False, node.args[6] if len(node.args) > 6 else given.get("groups", 1)
+    x, weight = example(given["input"]), example(given["weight"])
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+        return None
+    spatial = weight.dim() - 2
+    stride: Any
+    padding: Any
+    stride, padding = given.get("stride", 1), given.get("padding", 0)
+    strides = [stride] * spatial if isinstance(stride, int) else list(stride) * spatial
+    padded = padding != "valid" and any(pad for pad in _sequence(padding)) and padding != "same"
+    if transposed or groups != 1 or padded or any(size != 1 for size in weight.shape[2:]):
+        return None
+    n, k = weight.shape[:2]
+    if not _wanted_root(given["weight"], roots, wanted, n, k):
+        return None
+    channels = x.dim() - spatial - 1
+    rows = given["input"]
+    for axis in range(spatial):
+        if strides[axis] != 1:
+            rows = emit(_aten.slice.Tensor, rows, channels + 1 + axis, 0, 2**63 - 1, strides[axis])
+    rows = emit(_aten.movedim.int, rows, channels, -1)
+    matrix = emit(_aten.reshape.default, given["weight"], [int(n), int(k)])
+    y = emit(_aten.linear.default, rows, matrix, given.get("bias"))
+    # What follows may view the output as the convolution laid it out.
+    return emit(_aten.contiguous.default, emit(_aten.movedim.int, y, -1, channels))
+
+
+def _sequence(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+# --- einsum -------------------------------------------------------------------------------------
+
+
+def _einsum(
+    node: fx.Node, emit: _Emit, roots: frozenset[fx.Node], wanted: Wanted
+) -> fx.Node | None:
+    equation = node.args[0]
+    operands: list[Any] = list(node.args[1:])
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2:
+        return None
+    terms, arrow, out = equation.replace(" ", "").partition("->")
+    subscripts = terms.split(",")
+    if frozen_value(operands[1], roots) is None:
+        operands.reverse()
+        subscripts.reverse()
+    (x, weight), (of_x, of_w) = operands, subscripts
+    shape = getattr(example(weight), "shape", None)
+    summed = [i for i in of_w if i in of_x and i not in out]
+    kept = [i for i in of_w if i not in of_x]
+    rows = [i for i in of_x if i not in of_w]
+    is_linear = (
+        arrow
+        and "." not in equation
+        and summed
+        and kept
+        and len(summed) + len(kept) == len(of_w) == len(set(of_w))
+        and len(summed) + len(rows) == len(of_x) == len(set(of_x))
+        and sorted(out) == sorted(rows + kept)
+    )
+    if not is_linear or shape is None or len(shape) != len(of_w):
+        return None
+    size = {index: int(shape[axis]) for axis, index in enumerate(of_w)}
+    n, k = (math.prod(size[i] for i in group) for group in (kept, summed))
+    if not _wanted_root(weight, roots, wanted, n, k):
+        return None
+    x = _permute(emit, x, of_x, rows + summed)
+    x = emit(_aten.flatten.using_ints, x, len(rows), -1) if len(summed) > 1 else x
+    matrix = _permute(emit, weight, of_w, kept + summed)
+    if len(of_w) > 2:
+        matrix = emit(_aten.reshape.default, matrix, [n, k])
+    y = emit(_aten.linear.default, x, matrix)
+    if len(kept) > 1:
+        y = emit(_aten.unflatten.int, y, -1, [size[i] for i in kept])
+    if rows + kept != list(out):
+        y = emit(_aten.contiguous.default, _permute(emit, y, rows + kept, out))
+    return y
+
+
+def _permute(emit: _Emit, node: fx.Node, old: Sequence[str], new: Sequence[str]) -> fx.Node:
+    order = [old.index(i) for i in new]
+    return node if order == sorted(order) else emit(_aten.permute.default, node, order)
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def inline_checkpoints(gm: fx.GraphModule) -> int:
+    """Replace ``torch.utils.checkpoint`` regions by their bodies, in place; returns their number.
+
+    Only where no gradients are computed: checkpointing saves nothing there.
+    """
+    count = 0
+    pending = True
+    while pending:  # bodies may hold further ones
+        pending = False
+        for node in list(gm.graph.nodes):
+            if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
+                continue
+            body = gm.get_submodule(node.args[0].target)
+            if not isinstance(body, fx.GraphModule):
+                continue
+            inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+            if len(inputs) != len(node.args) - 1:
+                continue
+            mapping: dict[fx.Node, Any] = dict(zip(inputs, node.args[1:], strict=True))
+            for inner in body.graph.nodes:
+                if inner.op == "get_attr":
+                    name = f"{node.args[0].target}_{inner.target}".replace(".", "_")
+                    gm.register_module(name, body.get_submodule(inner.target))
+                    with gm.graph.inserting_before(node):
+                        mapping[inner] = gm.graph.get_attr(name)
+                    mapping[inner].meta.update(inner.meta)
+            with gm.graph.inserting_before(node):
+                outputs: Any = gm.graph.graph_copy(body.graph, mapping)
+            for user in list(node.users):
+                user.replace_all_uses_with(outputs[user.args[1]])
+                gm.graph.erase_node(user)
+            region = node.args[0]
+            gm.graph.erase_node(node)
+            if not region.users:
+                gm.graph.erase_node(region)
+            count += 1
+            pending = True
+    return count
+
+
+_EXPANSIONS: dict[Any, Callable[..., fx.Node | None]] = {
+    torch.addmm: _addmm,
+    _aten.addmm.default: _addmm,
+    torch.conv1d: _convolution,
+    torch.conv2d: _convolution,
+    torch.conv3d: _convolution,
+    _aten.conv1d.default: _convolution,
+    _aten.conv2d.default: _convolution,
+    _aten.conv3d.default: _convolution,
+    _aten.convolution.default: _convolution,
+    torch.einsum: _einsum,
+    torch.functional.einsum: _einsum,
+    _aten.einsum.default: _einsum,
+}
