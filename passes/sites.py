@@ -300,9 +300,25 @@ _METHODS: dict[str, Normaliser] = {
 }
 
 
+_CUSTOM = _reason("a custom operator takes it, and what that computes is unknown")
+
+
+def _custom(target: Any) -> Normaliser | None:
+    """For operators that a library registered, such as Transformers' grouped product."""
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        namespace, _, name = target._qualified_op_name.partition("::")
+    else:
+        return None
+    if namespace in ("aten", "prims", "prim", "ss1"):
+        return None
+    return _BATCHED if "grouped_mm" in name else _CUSTOM
+
+
 def _normaliser(node: fx.Node) -> Normaliser | None:
     if node.op == "call_function":
-        return _FUNCTIONS.get(node.target)
+        return _FUNCTIONS.get(node.target) or _custom(node.target)
     if node.op == "call_method":
         return _METHODS.get(str(node.target))
     return None

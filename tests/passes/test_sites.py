@@ -188,3 +188,16 @@ def test_products_of_activations_and_real_convolutions_are_nobody_s_business():
         return (scores, w)
 
     assert find_sites(*trace(function, w=NK)) == ([], [])
+
+
+@pytest.mark.parametrize("overload", [False, True])
+def test_custom_operators_that_take_a_weight_have_a_reason(overload):
+    with torch.library._scoped_library("ss1_sites_test", "FRAGMENT") as library:
+        library.define("odd(Tensor x, Tensor w) -> Tensor")
+        library.impl("odd", lambda x, w: x @ w.t(), "CompositeExplicitAutograd")
+        target = torch.ops.ss1_sites_test.odd
+        target = target.default if overload else target
+        sites, (skipped,) = find_sites(*trace(lambda g, x, w: call(target, x, w)(g), w=NK))
+    assert not sites
+    assert "custom operator" in skipped.reason
+    assert skipped.weight.root.name == "w"
