@@ -485,3 +485,11 @@ def test_encoder_layers_that_stay_dense_keep_their_fused_operator():
     assert [layer.activation_relu_or_gelu for layer in model[0].layers] == [1, 1]
     quiet(model, exclude=["0.layers.0.*"])
     assert [layer.activation_relu_or_gelu for layer in model[0].layers] == [1, 0]
+
+
+def test_falcon_linears_are_known_to_be_linear():
+    falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
+    model, x = nn.Sequential(falcon.FalconLinear(D, 2 * D)), torch.randn(3, D)
+    expected = model(x)
+    assert not quiet(model, reduction=1).left
+    assert relative(model(x), expected) < 1e-5

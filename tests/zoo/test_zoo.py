@@ -17,7 +17,10 @@ SAMPLE = (
     "checkpointed",
     "weight-norm",
 )
-BROKEN = {"torch.cond": "a branch with an SS1Linear does not trace twice when run eagerly"}
+BROKEN = {
+    "swin": "backend='ss1' has no rows for the blocks of the second stage; not understood yet",
+    "torch.cond": "Dynamo refuses the eager torch.cond of a copied model; not understood yet",
+}
 
 
 def marks(name):
