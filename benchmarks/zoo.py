@@ -127,7 +127,7 @@ def page(document: Mapping[str, Any]) -> str:
     skipped = [(r["name"], d["skipped"]) for r in results for d in r["doors"].values()]
     skipped = [(name, text) for name, text in skipped if text]
     if skipped:
-        lines += ["", "## Not exported", ""]
+        lines += ["", "## Where a door does not apply", ""]
         lines += [f"- {name}: {text}" for name, text in skipped]
     lines += ["", "## Failures", ""]
     lines += [f"- {name}: {text}" for name, text in failures] or ["None."]
