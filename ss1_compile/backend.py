@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import torch
@@ -32,10 +32,11 @@ from ss1_compile.passes import (
 )
 from ss1_compile.projection import Projection
 from ss1_compile.report import Report
+from ss1_compile.structure import SS1Structure
 
 log = logging.getLogger(__name__)
 
-_OWN_OPTIONS = ("inner_backend", "inductor", "lowering", "mode", "report")
+_OWN_OPTIONS = ("inner_backend", "inductor", "lowering", "mode", "report", "structures")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class BackendOptions:
         lowering: run every layer that can with this one of ``kernels.lowering.NAMES`` (on a GPU),
             instead of the one expected to be fastest.
         report: a :class:`Report` that receives a row per linear layer.
+        structures: layer name → structure, for weights that are known to have one.
     """
 
     config: SS1Config
@@ -56,6 +58,7 @@ class BackendOptions:
     inductor: Mapping[str, Any] | None = None
     lowering: str | None = None
     report: Report | None = None
+    structures: Mapping[str, SS1Structure] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> BackendOptions:
@@ -96,7 +99,7 @@ def ss1(
         gm: the captured graph; not modified.
         example_inputs: its inputs; parameters are real tensors.
         options: fields of :class:`SS1Config`, ``inner_backend``, ``inductor``, ``mode``,
-            ``lowering``, ``report``.
+            ``lowering``, ``report``, ``structures``.
         mode: as in ``torch.compile``; handed to Inductor.
 
     Raises:
@@ -119,7 +122,7 @@ class _Compilation:
         self.config = options.config
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.index = {node: i for i, node in enumerate(self.placeholders)}
-        self.decisions = Decisions(options.config)
+        self.decisions = Decisions(options.config, options.structures)
         self.projections: dict[Site, tuple[Slot, Projection]] = {}
 
     def run(self, whole_model: bool) -> Callable[..., Any]:

@@ -382,6 +382,19 @@ def test_ruin_is_warned_of_once_and_max_error_keeps_layers_dense():
     assert len(report.left) == 2
 
 
+def test_weights_of_a_given_structure_are_recovered_exactly():
+    small = ss1_of(Mlp().eval(), reduction=4, seed=9, block_k=8)
+    structures = {name: small.get_submodule(name).structure for name in ("up", "down")}
+    dense = copy.deepcopy(small)
+    for name in structures:
+        dense.set_submodule(name, small.get_submodule(name).to_linear())
+    report, x = Report(), torch.randn(3, D)
+    with torch.no_grad():
+        fast = compiled(dense, structures=structures, report=report, warn_error=1e-5)
+        assert_same(fast(x), small(x))
+    assert all(row.exact for row in report.compressed)
+
+
 def test_config_means_the_same_as_in_compress():
     options = {"overrides": {"up": 2, "*": None}, "seed": 3, "signed": False}
     model, report = Mlp().eval(), Report()
