@@ -93,9 +93,13 @@ class Report:
         raise KeyError(name)
 
     def record(self, layer: LayerReport) -> None:
-        """Add a row; a later row of the same name and operation (a recompilation) replaces it."""
+        """Add a row; one of the same name, operation and shape (a recompilation) is replaced.
+
+        After a graph break names are relative to the module whose call was compiled, so that layers
+        of different stages may have the same one.
+        """
         for i, known in enumerate(self.layers):
-            if (known.name, known.op) == (layer.name, layer.op):
+            if (known.name, known.op, known.shape) == (layer.name, layer.op, layer.shape):
                 self.layers[i] = layer
                 return
         self.layers.append(layer)
