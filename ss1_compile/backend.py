@@ -293,15 +293,26 @@ def _is_static(node: fx.Node) -> bool:
 def _layer_name(node: fx.Node) -> str:
     """The name :func:`ss1_compile.compress` would use: that of the module that holds ``weight``.
 
-    ``"encoder.0"`` from ``L['self']._modules['encoder']._modules['0']._parameters['weight']``;
-    parameters of another name keep it (``"attention.in_proj"``).
+    ``"encoder.0"`` from ``L['self']._modules['encoder']._modules['0']._parameters['weight']``, or
+    the same through ``__dict__['_modules']`` or plain attributes; parameters of another name keep
+    it (``"attention.in_proj"``).
     """
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return node.name
     text = source.name if isinstance(source.name, str) else source.name()
-    parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", text)
-    return ".".join(parts).removesuffix(".weight") if parts else text
+    return _qualified_name(text).removesuffix(".weight")
+
+
+def _qualified_name(source: str) -> str:
+    """The path below the root that Dynamo's expression names; the expression if it is no path."""
+    step = r"\.(\w+)|\['([^']*)'\]|\[(\d+)\]"
+    path = re.fullmatch(rf"[LG]\['\w+'\]((?:{step})+)", source)
+    if path is None:
+        return source
+    steps = ["".join(found) for found in re.findall(step, path[1])]
+    storage = ("__dict__", "_modules", "_parameters", "_buffers")
+    return ".".join(name for name in steps if name not in storage)
 
 
 def _module_name(node: fx.Node) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ss1_compile import Report, SS1Config, SS1Warning, compress
+from ss1_compile import backend as backend_module
 from ss1_compile import binding as binding_module
 
 D = 64
@@ -390,6 +391,21 @@ def test_weights_of_a_given_structure_are_recovered_exactly():
         fast = compiled(dense, structures=structures, report=report, warn_error=1e-5)
         assert_same(fast(x), small(x))
     assert all(row.exact for row in report.compressed)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("L['self']._modules['a']._modules['0']._parameters['weight']", "a.0.weight"),
+        ("L['self']._modules['a'].__dict__['_modules']['b']._parameters['weight']", "a.b.weight"),
+        ("L['self'].layers[3].weight", "layers.3.weight"),
+        ("L['self']._buffers['table']", "table"),
+        ("L['w']", "L['w']"),
+        ("f(L['self'].w)", "f(L['self'].w)"),
+    ],
+)
+def test_names_are_read_from_every_form_of_source(source, name):
+    assert backend_module._qualified_name(source) == name
 
 
 def test_config_means_the_same_as_in_compress():
