@@ -18,7 +18,6 @@ SAMPLE = (
     "weight-norm",
 )
 BROKEN = {
-    "swin": "backend='ss1' has no rows for the blocks of the second stage; not understood yet",
     "torch.cond": "Dynamo refuses the eager torch.cond of a copied model; not understood yet",
 }
 
