@@ -7,9 +7,12 @@ from ss1_compile.passes.expand import expand_linears, inline_checkpoints
 from ss1_compile.passes.frozen import FrozenValue
 from ss1_compile.passes.rewrite import Rewrite, WeightSource, rewrite_sites
 from ss1_compile.passes.sites import Site, Skipped, find_sites
+from ss1_compile.passes.trace import PassRecord, PassTrace
 
 __all__ = [
     "FrozenValue",
+    "PassRecord",
+    "PassTrace",
     "Rewrite",
     "Site",
     "Skipped",

@@ -8,8 +8,6 @@ weights that change later are not baked in.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +16,6 @@ from torch import Tensor, fx
 
 from ss1_compile.passes.frozen import example
 from ss1_compile.passes.sites import Site
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,6 @@ def rewrite_sites(
         make_input: creates a graph input (placeholder) of a given name and example value. Equal
             tensors (the sketch of several sites, say) are created once.
     """
-    started = time.perf_counter()
     inputs: dict[int, fx.Node] = {}
 
     def graph_input(name: str, value: Tensor) -> fx.Node:
@@ -86,7 +81,6 @@ def rewrite_sites(
             if not node.users and not node._erased:
                 graph.erase_node(node)
     graph.lint()
-    log.info("rewrote %d linears in %.1f ms", len(rewrites), 1e3 * (time.perf_counter() - started))
     return rewrites
 
 

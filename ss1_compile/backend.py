@@ -8,6 +8,7 @@ on the way in (:mod:`ss1_compile.binding`); use :func:`ss1_compile.compress` to 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -23,6 +24,7 @@ from ss1_compile.errors import ConfigError, TrainingError
 from ss1_compile.kernels import lowering
 from ss1_compile.nested import nested_linears
 from ss1_compile.passes import (
+    PassTrace,
     Site,
     WeightSource,
     expand_linears,
@@ -36,7 +38,16 @@ from ss1_compile.structure import SS1Structure
 
 log = logging.getLogger(__name__)
 
-_OWN_OPTIONS = ("inner_backend", "inductor", "lowering", "mode", "report", "structures")
+_OWN_OPTIONS = (
+    "debug_dir",
+    "dry_run",
+    "inner_backend",
+    "inductor",
+    "lowering",
+    "mode",
+    "report",
+    "structures",
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,9 @@ class BackendOptions:
 
     Attributes:
         config: the compression.
+        debug_dir: a folder to write every graph to, before and after each pass, with a table of
+            what the passes did and how long they took (:mod:`ss1_compile.passes.trace`).
+        dry_run: project and report, and compile the graph as it was captured.
         inner_backend: name of the backend that compiles the rewritten graph.
         inductor: Inductor settings for this compilation only (``config_patches``).
         lowering: run every layer that can with this one of ``kernels.lowering.NAMES`` (on a GPU),
@@ -54,6 +68,8 @@ class BackendOptions:
     """
 
     config: SS1Config
+    debug_dir: str | os.PathLike[str] | None = None
+    dry_run: bool = False
     inner_backend: str = "inductor"
     inductor: Mapping[str, Any] | None = None
     lowering: str | None = None
@@ -73,6 +89,10 @@ class BackendOptions:
         mode = own.pop("mode", mode)
         if not isinstance(own.get("report"), Report | None):
             raise ConfigError(f"report must be an ss1_compile.Report, got {own['report']!r}")
+        if not isinstance(own.get("debug_dir"), str | os.PathLike | None):
+            raise ConfigError(f"debug_dir must be a path, got {own['debug_dir']!r}")
+        if not isinstance(own.get("dry_run", False), bool):
+            raise ConfigError(f"dry_run must be True or False, got {own['dry_run']!r}")
         if own.get("lowering") not in (None, *lowering.NAMES):
             raise ConfigError(
                 f"lowering must be one of {', '.join(lowering.NAMES)}, got {own['lowering']!r}"
@@ -98,8 +118,7 @@ def ss1(
     Args:
         gm: the captured graph; not modified.
         example_inputs: its inputs; parameters are real tensors.
-        options: fields of :class:`SS1Config`, ``inner_backend``, ``inductor``, ``mode``,
-            ``lowering``, ``report``, ``structures``.
+        options: fields of :class:`SS1Config` and of :class:`BackendOptions`, and ``mode``.
         mode: as in ``torch.compile``; handed to Inductor.
 
     Raises:
@@ -109,7 +128,9 @@ def ss1(
         UnhandledLinearError: ``strict=True`` and a linear layer cannot be handled.
     """
     parsed = BackendOptions.parse(options, mode)
-    return _Compilation(_copy(gm), example_inputs, parsed).run(_is_whole_model(gm))
+    compilation = _Compilation(_copy(gm), example_inputs, parsed)
+    compilation.decide(_is_whole_model(gm))
+    return compilation.inner(_copy(gm), example_inputs) if parsed.dry_run else compilation.finish()
 
 
 class _Compilation:
@@ -124,23 +145,33 @@ class _Compilation:
         self.index = {node: i for i, node in enumerate(self.placeholders)}
         self.decisions = Decisions(options.config, options.structures)
         self.projections: dict[Site, tuple[Slot, Projection]] = {}
+        self.trace = PassTrace(gm.graph, gm, options.debug_dir)
 
-    def run(self, whole_model: bool) -> Callable[..., Any]:
-        if not torch.is_grad_enabled():
-            inline_checkpoints(self.gm)
+    # --- deciding -----------------------------------------------------------------------------
+
+    def decide(self, whole_model: bool) -> None:
+        """Project or leave every linear layer, and report."""
+        with self.trace("inline_checkpoints") as did:
+            did["regions"] = 0 if torch.is_grad_enabled() else inline_checkpoints(self.gm)
         frozen = {n: _layer_name(n) for n in self.placeholders if _is_static(n)}
-        expand_linears(self.gm.graph, frozen, self._wanted)
-        sites, skipped = find_sites(self.gm.graph, frozen)
-        for entry in in_order(self.gm.graph, sites, skipped):
-            if isinstance(entry, Site):
-                self._consider(entry)
-            else:
-                name = frozen[entry.weight.root] if entry.weight else _module_name(entry.node)
-                self.decisions.leave(entry, name, entry.reason)
-        for node in self.gm.graph.nodes:
-            for inner, name in nested_linears(self.gm, node, frozen):
-                self.decisions.leave(inner, name, inner.reason)
-        report = self.decisions.report
+        with self.trace("expand_linears") as did:
+            did["expanded"] = expand_linears(self.gm.graph, frozen, self._wanted)
+        with self.trace("find_sites") as did:
+            sites, skipped = find_sites(self.gm.graph, frozen)
+            did.update(sites=len(sites), skipped=len(skipped))
+        with self.trace("project") as did:
+            for entry in in_order(self.gm.graph, sites, skipped):
+                if isinstance(entry, Site):
+                    self._consider(entry)
+                else:
+                    name = frozen[entry.weight.root] if entry.weight else _module_name(entry.node)
+                    self.decisions.leave(entry, name, entry.reason)
+            for node in self.gm.graph.nodes:
+                for inner, name in nested_linears(self.gm, node, frozen):
+                    self.decisions.leave(inner, name, inner.reason)
+            report = self.decisions.report
+            did.update(projected=len(report.compressed), left=len(report.left))
+        self.trace.write("report.txt", str(report))
         ops = (torch.ops.ss1.linear, torch.ops.ss1.linear.default)
         already = [n for n in self.gm.graph.nodes if n.target in ops]
         if self.options.report is not None:
@@ -150,7 +181,10 @@ class _Compilation:
             report.require_some(self.config)
         report.warn_if_ruined(self.config.warn_error)
         log.info("graph of %d nodes: %s", len(self.gm.graph.nodes), report.summary())
-        compiled = self._rewrite() if self.projections else self._inner(self.gm, self.inputs)
+
+    def finish(self) -> Callable[..., Any]:
+        """Rewrite what was projected and compile the graph."""
+        compiled = self._rewrite() if self.projections else self.inner(self.gm, self.inputs)
         if self.options.lowering is None:
             return compiled
 
@@ -159,8 +193,6 @@ class _Compilation:
                 return compiled(*args)
 
         return run
-
-    # --- deciding -----------------------------------------------------------------------------
 
     def _wanted(self, root: fx.Node, n: int, k: int) -> bool:
         return not isinstance(self.config.reduction_for(_layer_name(root), k, n), str)
@@ -241,15 +273,21 @@ class _Compilation:
             new_inputs.append((fake, layout[id(value)]))
             return last
 
-        rewrite_sites(graph, sources, make_input)
-        kept = [i for i, node in enumerate(self.placeholders) if node.users]
-        for node in self.placeholders:
-            if not node.users:
-                graph.erase_node(node)
+        with self.trace("rewrite_sites") as did:
+            did["rewritten"] = len(rewrite_sites(graph, sources, make_input))
+            kept = [i for i, node in enumerate(self.placeholders) if node.users]
+            for node in self.placeholders:
+                if not node.users:
+                    graph.erase_node(node)
         self.gm.recompile()
         inputs = [*(self.inputs[i] for i in kept), *(fake for fake, _ in new_inputs)]
-        compiled = self._inner(self.gm, inputs)
+        compiled = self.inner(self.gm, inputs)
         return bound_call(compiled, kept, slots, [where for _, where in new_inputs], constants)
+
+    def inner(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Hand ``gm`` to the inner backend."""
+        with self.trace(self.options.inner_backend):
+            return self._inner(gm, inputs)
 
     def _inner(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.options.inner_backend == "inductor":

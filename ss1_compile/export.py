@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import os
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from ss1_compile.decision import Decisions
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError
 from ss1_compile.nested import nested_linears
 from ss1_compile.passes import (
+    PassTrace,
     Site,
     Skipped,
     WeightSource,
@@ -46,6 +48,7 @@ def compress_exported(
     *,
     structures: Mapping[str, SS1Structure] | None = None,
     dry_run: bool = False,
+    debug_dir: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[ExportedProgram, Report]:
     """Replace the linear layers of an exported program by ``ss1::linear``.
@@ -67,6 +70,8 @@ def compress_exported(
         structures: qualified name → structure, for weights that are known to have one: these are
             recovered exactly.
         dry_run: project and report, and return ``ep`` itself.
+        debug_dir: a folder to write the graph to, before and after each pass, with a table of what
+            the passes did and how long they took (:mod:`ss1_compile.passes.trace`).
         **options: fields of :class:`SS1Config`, in place of ``config``.
 
     Returns:
@@ -89,7 +94,7 @@ def compress_exported(
     config = config or SS1Config.from_dict(options)
     _check_calibration(ep, calibration)
     with torch.no_grad():
-        rewriting = _Rewriting(ep, config, calibration, structures or {})
+        rewriting = _Rewriting(ep, config, calibration, structures or {}, debug_dir)
         rewriting.decide()
         report = rewriting.decisions.report
         report.require_some(config)
@@ -122,10 +127,12 @@ class _Rewriting:
         config: SS1Config,
         calibration: Statistics | None,
         structures: Mapping[str, SS1Structure],
+        debug_dir: str | os.PathLike[str] | None,
     ) -> None:
         self.ep, self.config, self.calibration = ep, config, calibration
         self.decisions = Decisions(config, structures)
         self.graph = _copy(ep.graph)
+        self.trace = PassTrace(self.graph, ep.graph_module, debug_dir)
         self.tensors: dict[str, Any] = {**ep.constants, **ep.state_dict}
         self.specs: dict[fx.Node, InputSpec] = {
             node: dataclasses.replace(spec, arg=copy.copy(spec.arg))
@@ -148,11 +155,24 @@ class _Rewriting:
 
     def decide(self) -> None:
         """Project or leave every linear layer, in the order of the graph."""
-        expand_linears(self.graph, self.names, self._wanted)
+        with self.trace("expand_linears") as did:
+            did["expanded"] = expand_linears(self.graph, self.names, self._wanted)
+        with self.trace("find_sites") as did:
+            sites, skipped = find_sites(self.graph, self.names)
+            did.update(sites=len(sites), skipped=len(skipped))
+        with self.trace("project") as did:
+            self._decide_all([*sites, *skipped])
+            report = self.decisions.report
+            did.update(projected=len(report.compressed), left=len(report.left))
+        self.trace.write("report.txt", str(report))
+        unknown = set(self.decisions.structures) - {row.name for row in self.decisions.report}
+        if unknown:
+            raise ConfigError(f"structures names no linear layer of the program: {sorted(unknown)}")
+
+    def _decide_all(self, found: list[Site | Skipped]) -> None:
         entries: dict[fx.Node, list[Site | Skipped]] = {}
-        for found in find_sites(self.graph, self.names):
-            for entry in found:
-                entries.setdefault(entry.node, []).append(entry)
+        for entry in found:
+            entries.setdefault(entry.node, []).append(entry)
         written = {spec.target for spec in self.ep.graph_signature.output_specs}
         for node in self.graph.nodes:
             for entry in entries.get(node, ()):
@@ -160,9 +180,6 @@ class _Rewriting:
             if node not in entries:
                 for inner, target in nested_linears(self.ep.graph_module, node, self.names):
                     self.decisions.leave(inner, self._layer_name(inner.node, target), inner.reason)
-        unknown = set(self.decisions.structures) - {row.name for row in self.decisions.report}
-        if unknown:
-            raise ConfigError(f"structures names no linear layer of the program: {sorted(unknown)}")
 
     def _decide(self, entry: Site | Skipped, written: set[str | None]) -> None:
         node = entry.node
@@ -245,13 +262,16 @@ class _Rewriting:
             site: inputs.source(site, name, structure, projection)
             for site, (name, structure, projection) in self.projections.items()
         }
-        for rewritten in rewrite_sites(self.graph, sources, inputs.make):
-            # Signatures of outputs and of preserved submodules refer to nodes by name.
-            rewritten.output.name = rewritten.site.node.name
-        for site in sources:
-            for value in (site.weight, site.bias):
-                if value is not None and value.root in self.specs and not value.root.users:
-                    self._remove(value.root)
+        with self.trace("rewrite_sites") as did:
+            rewrites = rewrite_sites(self.graph, sources, inputs.make)
+            did["rewritten"] = len(rewrites)
+            for rewritten in rewrites:
+                # Signatures of outputs and of preserved submodules refer to nodes by name.
+                rewritten.output.name = rewritten.site.node.name
+            for site in sources:
+                for value in (site.weight, site.bias):
+                    if value is not None and value.root in self.specs and not value.root.users:
+                        self._remove(value.root)
         old, signature = self.ep, self.ep.graph_signature
         program = ExportedProgram(
             root=old.graph_module,
