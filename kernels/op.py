@@ -41,7 +41,8 @@ for _name, _schema in _SCHEMAS.items():
 # compared here is one that may stay symbolic (M is not compared).
 
 
-def _check_sketch(op: str, sketch: Tensor, in_features: int, reduced_features: int) -> None:
+def check_sketch(op: str, sketch: Tensor, in_features: int, reduced_features: int) -> None:
+    """Raise ``RuntimeError`` in the name of ``ss1::<op>`` unless the sketch fits the sizes."""
     shape = sketch.shape
     rotation = sketch.dtype == torch.int32
     if len(shape) != (3 if rotation else 4) or not (rotation or sketch.is_floating_point()):
@@ -78,7 +79,7 @@ def check_operands(x: Tensor, sketch: Tensor, z: Tensor, bias: Tensor | None) ->
             f"ss1::linear: x is {x.dtype} but z is {z.dtype}; cast one, or use torch.autocast"
         )
     out_features, reduced_features = z.shape
-    _check_sketch("linear", sketch, x.shape[-1], reduced_features)
+    check_sketch("linear", sketch, x.shape[-1], reduced_features)
     num_hashes = sketch.shape[0]
     if not num_hashes or (num_hashes - 1) * block_n(out_features, num_hashes) >= out_features:
         raise RuntimeError(
@@ -99,13 +100,13 @@ def _(x: Tensor, sketch: Tensor, z: Tensor, bias: Tensor | None = None) -> Tenso
 
 @torch.library.register_fake("ss1::sketch", lib=_LIBRARY)
 def _(x: Tensor, sketch: Tensor, reduced_features: int) -> Tensor:
-    _check_sketch("sketch", sketch, x.shape[1], reduced_features)
+    check_sketch("sketch", sketch, x.shape[1], reduced_features)
     return x.new_empty((sketch.shape[0], x.shape[0], reduced_features))
 
 
 @torch.library.register_fake("ss1::unsketch", lib=_LIBRARY)
 def _(g: Tensor, sketch: Tensor, in_features: int) -> Tensor:
-    _check_sketch("unsketch", sketch, in_features, g.shape[2])
+    check_sketch("unsketch", sketch, in_features, g.shape[2])
     return g.new_empty((g.shape[1], in_features))
 
 
@@ -121,12 +122,12 @@ def _register_device(key: str, kernels: ModuleType) -> None:
         return y
 
     def sketch(x: Tensor, sketch: Tensor, reduced_features: int) -> Tensor:
-        _check_sketch("sketch", sketch, x.shape[1], reduced_features)
+        check_sketch("sketch", sketch, x.shape[1], reduced_features)
         sketched: Tensor = kernels.sketch(x, sketch, reduced_features)
         return sketched
 
     def unsketch(g: Tensor, sketch: Tensor, in_features: int) -> Tensor:
-        _check_sketch("unsketch", sketch, in_features, g.shape[2])
+        check_sketch("unsketch", sketch, in_features, g.shape[2])
         unsketched: Tensor = kernels.unsketch(g, sketch, in_features)
         return unsketched
 

@@ -39,7 +39,8 @@ def sketch(x: Tensor, code: Tensor, reduced_features: int) -> Tensor:
     if not is_rotation(code):
         groups = x.reshape(rows, num_supergroups, size)
         out = torch.einsum("mgk,jgkr->jmgr", groups, code.to(x.dtype))
-        return out.reshape(num_hashes, rows, reduced_features)
+        # one group leaves einsum's own order of dimensions, which the operator's fake does not have
+        return out.reshape(num_hashes, rows, reduced_features).contiguous()
     columns, signs = source_columns(code, reduced_features)
     dtype = _ACCUMULATE.get(x.dtype, x.dtype)
     signs = signs.to(dtype)
