@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ss1_compile.kernels import cuda, native
 from ss1_compile.kernels.layout import block_n, group_size, is_rotation
+from ss1_compile.kernels.transforms import multilinear_tangent, register_gradients
 
 _LIBRARY = torch.library.Library("ss1", "FRAGMENT")
 _SCHEMAS = {
@@ -211,12 +212,19 @@ def _unsketch_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.ss1.sketch(grad.contiguous(), sketch, g.shape[2]), grad_sketch, None
 
 
-for _name, _backward, _setup in (
-    ("linear", _linear_backward, _linear_setup),
-    ("sketch", _sketch_backward, _sketch_setup),
-    ("unsketch", _unsketch_backward, _unsketch_setup),
-):
-    torch.library.register_autograd(f"ss1::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
+def _register_gradients() -> None:
+    ops = torch.ops.ss1
+    linear = multilinear_tangent(ops.linear, inputs=3)
+    register_gradients(_LIBRARY, "linear", _linear_backward, _linear_setup, linear)
+    sketch = multilinear_tangent(ops.sketch, inputs=2)
+    register_gradients(_LIBRARY, "sketch", _sketch_backward, _sketch_setup, sketch, rows=(0, 1))
+    unsketch = multilinear_tangent(ops.unsketch, inputs=2)
+    register_gradients(
+        _LIBRARY, "unsketch", _unsketch_backward, _unsketch_setup, unsketch, rows=(1, 0)
+    )
+
+
+_register_gradients()
 
 
 # --- autocast -----------------------------------------------------------------------------------
