@@ -50,5 +50,9 @@ class VerificationError(SS1Error, RuntimeError):
     """A compiled or reloaded model does not compute what it should."""
 
 
+class TensorRTError(SS1Error, RuntimeError):
+    """TensorRT does not load here, or cannot build an engine of the model."""
+
+
 class SS1Warning(UserWarning):
     """Something works but is probably not what the user wants."""
