@@ -27,9 +27,9 @@ class _Device:
 
     def __init__(self) -> None:
         self.patches = [
-            mock.patch("torch.cuda.get_device_capability", lambda *_: (8, 9)),
-            mock.patch("torch.cuda.current_device", lambda: 0),
-            mock.patch("torch.cuda.mem_get_info", lambda *_: (1 << 33, 1 << 33)),
+            mock.patch("torch.cuda.get_device_capability", return_value=(8, 9)),
+            mock.patch("torch.cuda.current_device", return_value=0),
+            mock.patch("torch.cuda.mem_get_info", return_value=(1 << 33, 1 << 33)),
         ]
 
     def __enter__(self) -> None:
@@ -51,8 +51,11 @@ def load() -> ModuleType:
     if NO_GPU and not hasattr(torch._C, "_CudaDeviceProperties"):
         torch._C._CudaDeviceProperties = type("_CudaDeviceProperties", (), {})
     exists = os.path.isfile
-    hidden = lambda path: "libtorchtrt" not in str(path) and exists(path)
-    with device(), mock.patch("os.path.isfile", hidden if NO_GPU else exists):
+
+    def hidden(path):
+        return exists(path) and not (NO_GPU and "libtorchtrt" in str(path))
+
+    with device(), mock.patch("os.path.isfile", hidden):
         import torch_tensorrt
         import torch_tensorrt.dynamo.conversion._TRTInterpreter as interpreter
     if NO_GPU:
