@@ -119,7 +119,7 @@ def as_linear(node: fx.Node) -> Linear | None:
     values = [example(n) for n in (node, x, sketch, z)]
     if not all(isinstance(value, Tensor) for value in values) or values[1].dim() < 2:
         return None
-    if values[1].dtype != values[3].dtype:
+    if values[1].dtype != values[3].dtype or values[3].dim() != 2:
         return None
     if not all(isinstance(size, int) for size in (*values[3].shape, values[1].shape[-1])):
         return None

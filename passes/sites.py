@@ -244,6 +244,7 @@ _ATTENTION = _reason(
     "call the projections as linear layers to have them rewritten"
 )
 _RECURRENT = _reason("a recurrent operator holds its linear layers inside")
+_BILINEAR = _reason("a bilinear form is no linear layer")
 _aten = torch.ops.aten
 _REPEATING = (_aten.expand.default, _aten.view.default, _aten.unsqueeze.default)
 
@@ -285,7 +286,9 @@ _FUNCTIONS: dict[Any, Normaliser] = {
     _aten.gru.input: _RECURRENT,
     _aten.rnn_tanh.input: _RECURRENT,
     _aten.rnn_relu.input: _RECURRENT,
-    F.bilinear: _reason("a bilinear form is no linear layer"),
+    F.bilinear: _BILINEAR,
+    _aten.bilinear.default: _BILINEAR,
+    _aten._trilinear.default: _BILINEAR,
 }
 if hasattr(F, "grouped_mm"):  # newer than the oldest supported torch
     _FUNCTIONS[F.grouped_mm] = _BATCHED

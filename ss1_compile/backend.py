@@ -204,7 +204,7 @@ class _Compilation:
         if structure is None:
             return
         weight = self.inputs[self.index[site.weight.root]]
-        if torch.is_grad_enabled() and weight.requires_grad:
+        if torch.is_grad_enabled() and weight.requires_grad and not self.options.dry_run:
             raise TrainingError(
                 f"{name} requires gradients: backend='ss1' computes with a projection of it, so it "
                 f"would not train. Compile under torch.no_grad() for inference, or call "

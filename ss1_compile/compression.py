@@ -205,6 +205,8 @@ def _unhandled(layer: _Layer, modules: Mapping[str, nn.Module]) -> str | None:
     module = layer.module
     if isinstance(module, nn.Linear) and not _computes_linear(module):
         return f"{type(module).__name__} overrides forward"
+    if "forward" in vars(module):
+        return "its forward was replaced (by accelerate, say): compress before dispatching"
     if parametrize.is_parametrized(module) or "weight" not in module._parameters:
         return "the weight is parametrised (weight norm, LoRA, ...): merge it first"
     if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
