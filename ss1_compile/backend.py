@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from ss1_compile.binding import Recipe, Slot, bind_fresh, bound_call
 from ss1_compile.config import SS1Config, reject_unknown_keys
 from ss1_compile.decision import Decisions, in_order
 from ss1_compile.errors import ConfigError, TrainingError
+from ss1_compile.fusion import fuse_graph
 from ss1_compile.kernels import lowering
 from ss1_compile.nested import nested_linears
 from ss1_compile.passes import (
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 _OWN_OPTIONS = (
     "debug_dir",
     "dry_run",
+    "fuse",
     "inner_backend",
     "inductor",
     "lowering",
@@ -59,6 +61,8 @@ class BackendOptions:
         debug_dir: a folder to write every graph to, before and after each pass, with a table of
             what the passes did and how long they took (:mod:`ss1_compile.passes.trace`).
         dry_run: project and report, and compile the graph as it was captured.
+        fuse: fuse producers, epilogues and sketches of the same input around the SS1 layers, where
+            gradients and autocast are off; ``None`` means on CUDA only.
         inner_backend: name of the backend that compiles the rewritten graph.
         inductor: Inductor settings for this compilation only (``config_patches``).
         lowering: run every layer that can with this one of ``kernels.lowering.NAMES`` (on a GPU),
@@ -70,6 +74,7 @@ class BackendOptions:
     config: SS1Config
     debug_dir: str | os.PathLike[str] | None = None
     dry_run: bool = False
+    fuse: bool | None = None
     inner_backend: str = "inductor"
     inductor: Mapping[str, Any] | None = None
     lowering: str | None = None
@@ -93,6 +98,8 @@ class BackendOptions:
             raise ConfigError(f"debug_dir must be a path, got {own['debug_dir']!r}")
         if not isinstance(own.get("dry_run", False), bool):
             raise ConfigError(f"dry_run must be True or False, got {own['dry_run']!r}")
+        if not isinstance(own.get("fuse"), bool | None):
+            raise ConfigError(f"fuse must be True, False or None, got {own['fuse']!r}")
         if own.get("lowering") not in (None, *lowering.NAMES):
             raise ConfigError(
                 f"lowering must be one of {', '.join(lowering.NAMES)}, got {own['lowering']!r}"
@@ -184,7 +191,7 @@ class _Compilation:
 
     def finish(self) -> Callable[..., Any]:
         """Rewrite what was projected and compile the graph."""
-        compiled = self._rewrite() if self.projections else self.inner(self.gm, self.inputs)
+        compiled = self._rewrite() if self.projections else self._compile(self.inputs, {})
         if self.options.lowering is None:
             return compiled
 
@@ -240,6 +247,7 @@ class _Compilation:
         context = torch._guards.TracingContext.try_get()
         if fake_mode is None and context is not None:
             fake_mode = context.fake_mode
+        captured_mode = _fake_mode_of(self.placeholders) or fake_mode
         slots: list[Slot] = []
         layout: dict[int, tuple[int, str]] = {}  # id of a new input's tensor → where it comes from
         constants: list[Tensor] = []
@@ -269,20 +277,40 @@ class _Compilation:
             # AOTAutograd reads these: a static input is neither guarded nor copied by CUDA graphs.
             last._dynamo_source = None
             last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-            last.meta["example_value"] = fake
+            # Dynamo hands the backend another mode than that of the graph's example values.
+            last.meta["example_value"] = (
+                fake
+                if captured_mode is fake_mode
+                else captured_mode.from_tensor(value, static_shapes=True)
+            )
             new_inputs.append((fake, layout[id(value)]))
             return last
 
         with self.trace("rewrite_sites") as did:
-            did["rewritten"] = len(rewrite_sites(graph, sources, make_input))
+            rewrites = rewrite_sites(graph, sources, make_input)
+            did["rewritten"] = len(rewrites)
             kept = [i for i, node in enumerate(self.placeholders) if node.users]
             for node in self.placeholders:
                 if not node.users:
                     graph.erase_node(node)
         self.gm.recompile()
         inputs = [*(self.inputs[i] for i in kept), *(fake for fake, _ in new_inputs)]
-        compiled = self.inner(self.gm, inputs)
+        names = {r.z: self.projections[r.site][0].recipe.name for r in rewrites}
+        compiled = self._compile(inputs, names)
         return bound_call(compiled, kept, slots, [where for _, where in new_inputs], constants)
+
+    def _compile(self, inputs: Sequence[Any], names: Mapping[fx.Node, str]) -> Callable[..., Any]:
+        """Fuse and compile the graph; ``names`` holds the layers of the ``z`` that are new."""
+
+        def name_of(z: fx.Node) -> str:
+            return names.get(z) or _layer_name(z).removesuffix(".z")
+
+        with self.trace("fuse") as did:
+            fused = fuse_graph(self.gm, inputs, name_of, self.options.fuse)
+            did.update(fused.counts)
+        if self.options.report is not None:
+            self.options.report.note_fused(fused.layers)
+        return fused.guard(self.inner(self.gm, inputs))
 
     def inner(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Hand ``gm`` to the inner backend."""
@@ -320,6 +348,12 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     if hasattr(gm, "_param_name_to_source"):
         copy._param_name_to_source = gm._param_name_to_source
     return copy
+
+
+def _fake_mode_of(nodes: Iterable[fx.Node]) -> Any:
+    """The mode of the nodes' example values; ``None`` if they are real."""
+    modes = (getattr(node.meta.get("example_value"), "fake_mode", None) for node in nodes)
+    return next((mode for mode in modes if mode is not None), None)
 
 
 def _is_static(node: fx.Node) -> bool:

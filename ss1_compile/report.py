@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, RichCast
@@ -43,6 +43,9 @@ class LayerReport:
             on the CPU, and where the rows are not known.
         speedup: what that is expected to gain over the dense layer (1 is as fast), from the table
             measured on that GPU, else from a cost model.
+        fused: what the compiled graph computes in the layer's kernels: what makes its input
+            (``"norm"``, ``"gated silu"``), what follows it (``"residual"``), and which layers it
+            shares a sketch with (``"shared with k, v"``).
     """
 
     name: str
@@ -57,6 +60,7 @@ class LayerReport:
     reason: str | None = None
     lowering: str | None = None
     speedup: float | None = None
+    fused: tuple[str, ...] = ()
 
     @property
     def compressed(self) -> bool:
@@ -103,6 +107,12 @@ class Report:
                 self.layers[i] = layer
                 return
         self.layers.append(layer)
+
+    def note_fused(self, layers: Mapping[str, tuple[str, ...]]) -> None:
+        """Note what was fused around the layers of these names; unknown names are left out."""
+        for i, row in enumerate(self.layers):
+            if row.compressed and row.name in layers:
+                self.layers[i] = replace(row, fused=layers[row.name])
 
     @property
     def compressed(self) -> list[LayerReport]:
@@ -171,6 +181,7 @@ class Report:
                 note += f", {layer.lowering} {layer.speedup:.1f}×"
                 note += " (slower than dense here)" if layer.speedup < 1 else ""
             c = str(layer.reduction or "")
+            note += f"; fused: {', '.join(layer.fused)}" if layer.fused else ""
             # Patterns such as "layer.[0-3].*" in a reason would read as markup.
             cells = (layer.name, layer.op, shape, c, size, error, note)
             table.add_row(*(escape(cell) for cell in cells))

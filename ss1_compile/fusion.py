@@ -1,0 +1,164 @@
+"""Fusion around the sketch, as the backend runs it: when, what the report says, and its guard.
+
+A compressed model holds one sketch per layer. Layers that read the same input share one where the
+values are equal at compile time; :class:`Fused` checks at run time that they still are.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ss1_compile.errors import SS1Warning
+from ss1_compile.passes.frozen import example
+from ss1_compile.passes.fuse import fuse, why_not
+from ss1_compile.passes.matching import PassResult, linears, values_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Fused:
+    """What fusion did to one graph.
+
+    Attributes:
+        counts: how often each kind of fusion was done.
+        layers: layer name → what was fused around it, in the order of the graph.
+        original: the graph before, where the fused one relies on equal sketches.
+        equal: pairs of indices of inputs that must hold equal sketches.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    original: fx.GraphModule | None = None
+    equal: tuple[tuple[int, int], ...] = ()
+
+    def guard(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the compiled graph so that it runs only while the sketches are equal.
+
+        Once they are not, the graph as it was before fusion runs instead, uncompiled and with one
+        :class:`SS1Warning`: the result is right and the model should be compiled again.
+        """
+        if self.original is None:
+            return compiled
+        original, checks = self.original, [_StillEqual(a, b) for a, b in self.equal]
+        warned = False
+
+        def run(*args: Any) -> Any:
+            nonlocal warned
+            for check in checks:
+                if not check(args):
+                    break
+            else:
+                return compiled(*args)
+            if not warned:
+                warned = True
+                warnings.warn(
+                    "layers that shared one sketch when the model was compiled hold different "
+                    "sketches now, so it runs uncompiled; call torch._dynamo.reset() to compile "
+                    "it again",
+                    SS1Warning,
+                    stacklevel=2,
+                )
+            return original(*args)
+
+        return run
+
+
+class _StillEqual:
+    """Whether two inputs hold equal tensors; compared again only when one was changed."""
+
+    def __init__(self, first: int, second: int) -> None:
+        self.indices = (first, second)
+        self.stamps: tuple[tuple[weakref.ref[Tensor], int, int], ...] | None = None
+        self.equal = False
+
+    def __call__(self, args: Sequence[Any]) -> bool:
+        a, b = args[self.indices[0]], args[self.indices[1]]
+        if self.stamps is not None:
+            (a_ref, a_version, a_pointer), (b_ref, b_version, b_pointer) = self.stamps
+            if (
+                a_ref() is a
+                and b_ref() is b
+                and a._version == a_version
+                and b._version == b_version
+                and a.data_ptr() == a_pointer
+                and b.data_ptr() == b_pointer
+            ):
+                return self.equal
+        self.equal = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        if a.is_inference() or b.is_inference():
+            return self.equal  # they do not tell when they are written
+        self.stamps = tuple((weakref.ref(t), t._version, t.data_ptr()) for t in (a, b))
+        return self.equal
+
+
+def fuse_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    name_of: Callable[[fx.Node], str],
+    wanted: bool | None,
+) -> Fused:
+    """Run the fusion passes over ``gm``, in place, where that is wanted and possible.
+
+    Args:
+        gm: the graph, with its linears rewritten to ``ss1::linear``.
+        inputs: its example inputs; sketches are compared if they are real tensors.
+        name_of: the name of the layer that a graph input holding ``z`` belongs to.
+        wanted: ``None`` means on CUDA only. On a CPU Inductor's own producers are vectorised and
+            the fused operators are composed of PyTorch functions, so that fusing loses.
+    """
+    found = linears(gm.graph)
+    if wanted is None:
+        wanted = any(example(linear.z).is_cuda for linear in found)
+    if not wanted or not found:
+        return Fused()
+    reason = why_not(gm.graph)
+    if reason is not None:
+        log.info("nothing was fused: %s", reason)
+        return Fused()
+    names = {linear.z: name_of(linear.z) for linear in found}
+    before = fx.Graph()
+    before.output(before.graph_copy(gm.graph, {}))
+    results = fuse(gm.graph, values_of(gm.graph, inputs))
+    gm.recompile()
+    index = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    equal = tuple((index[a], index[b]) for result in results for a, b in result.equal)
+    counts: dict[str, int] = {}
+    for result in results:
+        for what, number in result.counts().items():
+            counts[what] = counts.get(what, 0) + number
+    original = fx.GraphModule(gm, before) if equal else None
+    return Fused(counts, _by_layer(results, names), original, equal)
+
+
+def _by_layer(
+    results: Sequence[PassResult], names: Mapping[fx.Node, str]
+) -> dict[str, tuple[str, ...]]:
+    """What was fused around each layer, each kind once."""
+    found: dict[str, dict[str, None]] = {}
+    for result in results:
+        for fusion in result.fusions:
+            layers = list(dict.fromkeys(names[z] for z in fusion.layers))
+            for name in layers:
+                what = fusion.what
+                if what == "shared":
+                    others = [_short(other, name) for other in layers if other != name]
+                    what = f"shared with {', '.join(others)}" if others else "shared"
+                found.setdefault(name, {})[what] = None
+    return {name: tuple(kinds) for name, kinds in found.items()}
+
+
+def _short(other: str, name: str) -> str:
+    """``other`` without the path that it has in common with ``name``."""
+    path, last = other.split("."), name.split(".")
+    while len(path) > 1 and last and path[0] == last[0]:
+        path, last = path[1:], last[1:]
+    return ".".join(path)
