@@ -24,7 +24,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	rm -rf build/typecheck && mkdir -p build/typecheck/ss1_compile
 	ln -s $(CURDIR)/ss1_compile/*.py $(CURDIR)/ss1_compile/py.typed \
-	  $(CURDIR)/kernels $(CURDIR)/passes build/typecheck/ss1_compile
+	  $(CURDIR)/ss1_compile/onnx $(CURDIR)/kernels $(CURDIR)/passes build/typecheck/ss1_compile
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p ss1_compile
 
 format: $(STAMP)

@@ -4,8 +4,14 @@
 * ``torch.compile(model, backend="ss1")`` rewrites the captured graph and leaves the model alone;
 * :func:`compile` does both; :func:`calibrate` collects the input statistics that either uses;
 * :func:`compare` shows, layer by layer, where the accuracy went;
-* :func:`save` and :func:`load` keep a compressed model in safetensors and JSON.
+* :func:`save` and :func:`load` keep a compressed model in safetensors and JSON;
+* :func:`export_onnx` writes an ONNX file and checks it (:mod:`ss1_compile.onnx`).
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ss1_compile.comparison import Comparison, LayerComparison, compare
 from ss1_compile.compression import compile, compress
@@ -14,6 +20,7 @@ from ss1_compile.errors import (
     CalibrationError,
     CheckpointError,
     ConfigError,
+    ExportError,
     NothingToCompressError,
     ProjectionError,
     SS1Error,
@@ -30,6 +37,11 @@ from ss1_compile.serialization import load, save
 from ss1_compile.statistics import InputStatistics, Statistics, calibrate
 from ss1_compile.structure import SS1Structure
 
+if TYPE_CHECKING:
+    from ss1_compile.onnx import ExportReport as ExportReport
+    from ss1_compile.onnx import export_onnx as export_onnx
+    from ss1_compile.onnx import from_onnx as from_onnx
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -37,6 +49,7 @@ __all__ = [
     "CheckpointError",
     "Comparison",
     "ConfigError",
+    "ExportError",
     "InputStatistics",
     "LayerComparison",
     "LayerReport",
@@ -62,3 +75,16 @@ __all__ = [
     "project",
     "save",
 ]
+
+_OF_EXTRAS = {  # not in __all__: a star import needs no extra
+    "ExportReport": "ss1_compile.onnx",
+    "export_onnx": "ss1_compile.onnx",
+    "from_onnx": "ss1_compile.onnx",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs an optional package on first use."""
+    if name in _OF_EXTRAS:
+        return getattr(import_module(_OF_EXTRAS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

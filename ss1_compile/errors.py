@@ -22,12 +22,20 @@ class ProjectionError(SS1Error, ValueError):
     """A weight cannot be projected (not finite, wrong shape, singular statistics)."""
 
 
+class QuantizationError(SS1Error, ValueError):
+    """A layer's parameters cannot be quantised (not finite, wrong groups, unsupported dtype)."""
+
+
 class CalibrationError(SS1Error, ValueError):
     """Calibration data or input statistics are missing, not finite, or do not fit the model."""
 
 
 class CheckpointError(SS1Error, ValueError):
     """A saved model is truncated, tampered with, or does not fit the model it is loaded into."""
+
+
+class ExportError(SS1Error, RuntimeError):
+    """A model cannot be exported."""
 
 
 class NothingToCompressError(SS1Error, ValueError):
