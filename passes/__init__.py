@@ -3,7 +3,8 @@
 One file each; every pass states what it rewrites and can be run alone on a hand-built graph.
 """
 
-from ss1_compile.passes.expand import expand_linears, inline_checkpoints
+from ss1_compile.passes.checkpoints import inline_checkpoints
+from ss1_compile.passes.expand import expand_linears
 from ss1_compile.passes.frozen import FrozenValue
 from ss1_compile.passes.rewrite import Rewrite, WeightSource, rewrite_sites
 from ss1_compile.passes.sites import Site, Skipped, find_sites

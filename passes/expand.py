@@ -3,7 +3,8 @@
     addmm(b, x, W, beta=β, alpha=α)  ->  β·b + α·mm(x, W)
     conv(x, W [N, K, 1, 1], b)       ->  linear(x as [..., K], W [N, K], b), channels moved back
     einsum("bthk,hkd->btd", x, W)    ->  linear(x as [b, t, h·k], W as [d, h·k])
-    checkpoint(body, *x)             ->  body(*x), without gradients
+    einsum("ebk,ekn->ebn", x, W)     ->  bmm(x, W), one matrix per e
+    attention(x, …)                  ->  see :mod:`~ss1_compile.passes.attention`
 
 Whatever does not fit stays as it is, for :mod:`~ss1_compile.passes.sites` to give a reason.
 """
@@ -17,11 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ss1_compile.passes.attention import (
+    ATTENTION_OPERATORS,
+    Wanted,
+    replace_outputs,
+    spell_out_attention,
+)
+from ss1_compile.passes.einsum import EinsumLinear, read_einsum
 from ss1_compile.passes.frozen import example, frozen_value
 
 _aten = torch.ops.aten
-Wanted = Callable[[fx.Node, int, int], bool]
-"""``(root of the weight, N, K)`` → whether the layer is to be rewritten."""
 
 
 def expand_linears(graph: fx.Graph, frozen: Iterable[fx.Node], wanted: Wanted) -> int:
@@ -42,11 +48,13 @@ def expand_linears(graph: fx.Graph, frozen: Iterable[fx.Node], wanted: Wanted) -
             continue
         with graph.inserting_before(node):
             out = expand(node, _Emit(graph, node), roots, wanted)
-        if out is not None:
+        if isinstance(out, fx.Node):
             node.replace_all_uses_with(out)
             graph.erase_node(node)
             out.name = node.name  # signatures refer to outputs by name
-            count += 1
+        elif out is not None:
+            replace_outputs(node, out)
+        count += out is not None
     return count
 
 
@@ -142,41 +150,64 @@ def _einsum(
         operands = list(operands[0])
     if not isinstance(equation, str) or len(operands) != 2:
         return None
-    terms, arrow, out = equation.replace(" ", "").partition("->")
-    subscripts = terms.split(",")
-    if frozen_value(operands[1], roots) is None:
-        operands.reverse()
-        subscripts.reverse()
-    (x, weight), (of_x, of_w) = operands, subscripts
-    shape = getattr(example(weight), "shape", None)
-    summed = [i for i in of_w if i in of_x and i not in out]
-    kept = [i for i in of_w if i not in of_x]
-    rows = [i for i in of_x if i not in of_w]
-    is_linear = (
-        arrow
-        and "." not in equation
-        and summed
-        and kept
-        and len(summed) + len(kept) == len(of_w) == len(set(of_w))
-        and len(summed) + len(rows) == len(of_x) == len(set(of_x))
-        and sorted(out) == sorted(rows + kept)
-    )
-    if not is_linear or shape is None or len(shape) != len(of_w):
+    x_at = 1 if frozen_value(operands[1], roots) is None else 0
+    x, weight = operands[x_at], operands[1 - x_at]
+    values = example(x), example(weight)
+    if not all(isinstance(value, Tensor) for value in values):
         return None
-    size = {index: int(shape[axis]) for axis, index in enumerate(of_w)}
-    n, k = (math.prod(size[i] for i in group) for group in (kept, summed))
+    read = read_einsum(equation, x_at, *(value.dim() for value in values))
+    if read is None:
+        return None
+    shape = values[1].shape
+    size = {index: int(shape[axis]) for axis, index in enumerate(read.weight)}
+    n, k = (math.prod(size[i] for i in group) for group in (read.kept, read.summed))
     if not _wanted_root(weight, roots, wanted, n, k):
         return None
-    x = _permute(emit, x, of_x, rows + summed)
-    x = emit(_aten.flatten.using_ints, x, len(rows), -1) if len(summed) > 1 else x
-    matrix = _permute(emit, weight, of_w, kept + summed)
-    if len(of_w) > 2:
+    if read.batch:
+        return _grouped_einsum(emit, read, x, weight, size)
+    x = _permute(emit, x, read.x, read.rows + read.summed)
+    if len(read.summed) > 1:
+        x = emit(_aten.flatten.using_ints, x, len(read.rows), -1)
+    matrix = _permute(emit, weight, read.weight, read.kept + read.summed)
+    if len(read.weight) > 2:
         matrix = emit(_aten.reshape.default, matrix, [n, k])
     y = emit(_aten.linear.default, x, matrix)
-    if len(kept) > 1:
-        y = emit(_aten.unflatten.int, y, -1, [size[i] for i in kept])
-    if rows + kept != list(out):
-        y = emit(_aten.contiguous.default, _permute(emit, y, rows + kept, out))
+    return _finished(emit, y, read.rows, read, size)
+
+
+def _grouped_einsum(
+    emit: _Emit, read: EinsumLinear, x: fx.Node, weight: fx.Node, size: dict[str, int]
+) -> fx.Node | None:
+    """``bmm`` of ``x [E, M, K]`` and ``W [E, K, N]``, one matrix per value of the batch index."""
+    sizes = [example(x).shape[read.x.index(i)] for i in read.rows]
+    if len(read.batch) > 1 or not (len(sizes) == 1 or all(isinstance(s, int) for s in sizes)):
+        return None  # reshaping would need sizes that are symbolic
+    x = _permute(emit, x, read.x, read.batch + read.rows + read.summed)
+    if len(read.summed) > 1:
+        x = emit(_aten.flatten.using_ints, x, -len(read.summed), -1)
+    matrix = _permute(emit, weight, read.weight, read.batch + read.summed + read.kept)
+    if len(read.weight) > 3:
+        groups, n, k = (
+            math.prod(size[i] for i in part) for part in (read.batch, read.kept, read.summed)
+        )
+        matrix = emit(_aten.reshape.default, matrix, [groups, k, n])
+    if len(sizes) != 1:
+        shape = example(x).shape
+        x = emit(_aten.reshape.default, x, [int(shape[0]), -1, int(shape[-1])])
+    y = emit(_aten.bmm.default, x, matrix)
+    if len(sizes) != 1:
+        y = emit(_aten.reshape.default, y, [size[read.batch], *sizes, int(example(y).shape[-1])])
+    return _finished(emit, y, read.batch + read.rows, read, size)
+
+
+def _finished(
+    emit: _Emit, y: fx.Node, rows: str, read: EinsumLinear, size: dict[str, int]
+) -> fx.Node:
+    """The einsum's output from ``y [rows …, N]``."""
+    if len(read.kept) > 1:
+        y = emit(_aten.unflatten.int, y, -1, [size[i] for i in read.kept])
+    if rows + read.kept != read.out:
+        y = emit(_aten.contiguous.default, _permute(emit, y, rows + read.kept, read.out))
     return y
 
 
@@ -185,50 +216,14 @@ def _permute(emit: _Emit, node: fx.Node, old: Sequence[str], new: Sequence[str])
     return node if order == sorted(order) else emit(_aten.permute.default, node, order)
 
 
-# --- checkpoints --------------------------------------------------------------------------------
+def _attention(
+    node: fx.Node, emit: _Emit, roots: frozenset[fx.Node], wanted: Wanted
+) -> list[Any] | None:
+    return spell_out_attention(node, roots, wanted, emit.key)
 
 
-def inline_checkpoints(gm: fx.GraphModule) -> int:
-    """Replace ``torch.utils.checkpoint`` regions by their bodies, in place; returns their number.
-
-    Only where no gradients are computed: checkpointing saves nothing there.
-    """
-    count = 0
-    pending = True
-    while pending:  # bodies may hold further ones
-        pending = False
-        for node in list(gm.graph.nodes):
-            if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
-                continue
-            body = gm.get_submodule(node.args[0].target)
-            if not isinstance(body, fx.GraphModule):
-                continue
-            inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
-            if len(inputs) != len(node.args) - 1:
-                continue
-            mapping: dict[fx.Node, Any] = dict(zip(inputs, node.args[1:], strict=True))
-            for inner in body.graph.nodes:
-                if inner.op == "get_attr":
-                    name = f"{node.args[0].target}_{inner.target}".replace(".", "_")
-                    gm.register_module(name, body.get_submodule(inner.target))
-                    with gm.graph.inserting_before(node):
-                        mapping[inner] = gm.graph.get_attr(name)
-                    mapping[inner].meta.update(inner.meta)
-            with gm.graph.inserting_before(node):
-                outputs: Any = gm.graph.graph_copy(body.graph, mapping)
-            for user in list(node.users):
-                user.replace_all_uses_with(outputs[user.args[1]])
-                gm.graph.erase_node(user)
-            region = node.args[0]
-            gm.graph.erase_node(node)
-            if not region.users:
-                gm.graph.erase_node(region)
-            count += 1
-            pending = True
-    return count
-
-
-_EXPANSIONS: dict[Any, Callable[..., fx.Node | None]] = {
+_EXPANSIONS: dict[Any, Callable[..., fx.Node | list[Any] | None]] = {
+    **dict.fromkeys(ATTENTION_OPERATORS, _attention),
     torch.addmm: _addmm,
     _aten.addmm.default: _addmm,
     torch.conv1d: _convolution,

@@ -36,6 +36,11 @@ _METHODS = frozenset(
         "split",
         "unsqueeze",
         "squeeze",
+        "select",
+        "narrow",
+        "unbind",
+        "flatten",
+        "unflatten",
         "__getitem__",
     )
 )
@@ -51,6 +56,10 @@ _FUNCTIONS = frozenset(
         torch.split,
         torch.squeeze,
         torch.unsqueeze,
+        torch.select,
+        torch.narrow,
+        torch.unbind,
+        torch.flatten,
     }
 )
 _ATEN = frozenset(
@@ -76,6 +85,12 @@ _ATEN = frozenset(
         "split_with_sizes",
         "unsqueeze",
         "squeeze",
+        "select",
+        "slice",
+        "narrow",
+        "unbind",
+        "flatten",
+        "unflatten",
     )
 )
 _ATTRIBUTES = frozenset({"T", "mT"})

@@ -1,6 +1,8 @@
 """Rewrite linear layers to the SS1 operator.
 
-    F.linear(x, W, b)  ->  ss1::linear(x, sketch, z, b)
+    F.linear(x, W, b)            ->  ss1::linear(x, sketch, z, b)
+    bmm(x, W)                    ->  ss1::batched_linear(x, sketch, z)
+    grouped_mm(x, W, offsets)    ->  ss1::grouped_linear(x, sketch, z, offsets)
 
 ``sketch`` and ``z`` become graph inputs: whoever calls the compiled graph supplies them, so that
 weights that change later are not baked in.
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+import ss1_compile.kernels.experts  # noqa: F401 - registers torch.ops.ss1
 from ss1_compile.passes.frozen import example
 from ss1_compile.passes.sites import Site
 
@@ -24,7 +27,7 @@ class WeightSource:
 
     Attributes:
         sketch: int32 ``[J, G, c]``.
-        z: ``[N, K_c]``.
+        z: ``[N, K_c]``, or ``[E, N, K_c]`` of a matrix per group.
         bias: the corrected bias ``[N]``, or ``None`` to keep the node's own bias operand.
     """
 
@@ -109,11 +112,18 @@ def _replace(
         if operands.bias is not None and new_bias is None:
             value = example(operands.bias)
             bias = replaced.get(operands.bias, operands.bias)  # may be another site's output
-            if not isinstance(value, Tensor) or tuple(value.shape) != site.shape[:1]:
+            alone = isinstance(value, Tensor) and tuple(value.shape) == site.shape[:1]
+            if operands.per_group or not alone:
                 bias, added = None, bias  # addmm broadcasts it
         if operands.x_is_right:
             x = call(torch.ops.aten.transpose.int, x, -2, -1)
-        out = call(torch.ops.ss1.linear.default, x, sketch, z, bias)
+        if operands.offsets is not None:
+            offsets = replaced.get(operands.offsets, operands.offsets)
+            out = call(torch.ops.ss1.grouped_linear.default, x, sketch, z, offsets)
+        elif operands.per_group:
+            out = call(torch.ops.ss1.batched_linear.default, x, sketch, z)
+        else:
+            out = call(torch.ops.ss1.linear.default, x, sketch, z, bias)
         if operands.x_is_right:
             out = call(torch.ops.aten.transpose.int, out, -2, -1)
         if added is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,14 @@ class Operands:
 
     Attributes:
         x: the input, ``[..., K]``; ``[..., K, M]`` if ``x_is_right``.
-        weight: the weight operand.
+        weight: the weight operand; 3-D if ``per_group``.
         bias: the bias operand or ``None``.
         weight_is_kn: the weight is stored ``[K, N]`` and not ``[N, K]``.
         x_is_right: the node computes ``W x`` and not ``x Wᵀ``.
         repeats: the nodes between the weight and the operator that repeat it over a batch.
+        per_group: there is a matrix per group (expert): ``W [E, N, K]``, and ``x`` is
+            ``[E, M, K]``, or ``[S, K]`` with ``offsets``.
+        offsets: ``[E]``, where the rows of each group end.
     """
 
     x: fx.Node
@@ -37,6 +40,8 @@ class Operands:
     weight_is_kn: bool = False
     x_is_right: bool = False
     repeats: tuple[fx.Node, ...] = ()
+    per_group: bool = False
+    offsets: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Site:
     Attributes:
         node: the node that computes it.
         operands: its operands.
-        weight: the weight operand as a function of a frozen input; 2-D.
+        weight: the weight operand as a function of a frozen input; 2-D, or 3-D if per group.
         bias: the bias likewise, or ``None`` if there is none or it is computed in the graph.
         shape: ``(N, K)``.
     """
@@ -102,13 +107,14 @@ def _site(node: fx.Node, operands: Operands, roots: frozenset[fx.Node]) -> Site 
     value, x = example(weight.node), example(operands.x)
     if not isinstance(value, Tensor) or not isinstance(x, Tensor):
         return "the graph carries no shapes"
-    if value.dim() != 2:
-        return f"the weight has {value.dim()} dimensions, not 2"
+    dims = 3 if operands.per_group else 2
+    if value.dim() != dims:
+        return f"the weight has {value.dim()} dimensions, not {dims}"
     if not value.is_floating_point() or value.layout != torch.strided:
         return f"the weight is {value.dtype}, {value.layout}"
-    n, k = reversed(value.shape) if operands.weight_is_kn else value.shape
+    n, k = reversed(value.shape[-2:]) if operands.weight_is_kn else value.shape[-2:]
     bias = frozen_value(operands.bias, roots) if operands.bias is not None else None
-    if bias is not None and tuple(example(bias.node).shape) != (n,):
+    if bias is not None and (operands.per_group or tuple(example(bias.node).shape) != (n,)):
         bias = None
     return Site(node, operands, weight, bias, (int(n), int(k)))
 
@@ -194,9 +200,35 @@ def _addmm(node: fx.Node, roots: frozenset[fx.Node]) -> Operands | str | None:
 
 
 def _bmm(node: fx.Node, roots: frozenset[fx.Node]) -> Operands | str | None:
-    """``bmm(x, W.expand(B, K, N))``: what a linear on a strided 3-D input decomposes to."""
-    x, weight = _argument(node, 0, "input", "self"), _argument(node, 1, "mat2")
+    """A matrix per group; or ``bmm(x, W.expand(B, K, N))``, one matrix for all.
+
+    The latter is what a linear on a strided 3-D input decomposes to.
+    """
+    return _batched(node, roots, _argument(node, 0, "input", "self"), _argument(node, 1, "mat2"))
+
+
+def _baddbmm(node: fx.Node, roots: frozenset[fx.Node]) -> Operands | str | None:
+    bias = _argument(node, 0, "input", "self")
+    found = _batched(node, roots, _argument(node, 1, "batch1"), _argument(node, 2, "batch2"))
+    if not isinstance(found, Operands):
+        return found
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1 or found.x_is_right:
+        return "baddbmm with alpha or beta other than 1, or with the weight on the left"
+    return replace(found, bias=bias)
+
+
+def _batched(
+    node: fx.Node, roots: frozenset[fx.Node], left: Any, right: Any
+) -> Operands | str | None:
+    left_frozen, right_frozen = (frozen_value(x, roots) is not None for x in (left, right))
+    if left_frozen and right_frozen:
+        return "both operands are frozen: a constant, not a layer"
+    if right_frozen:
+        return Operands(left, right, weight_is_kn=True, per_group=True)
+    if left_frozen:
+        return Operands(right, left, x_is_right=True, per_group=True)
     repeats: list[fx.Node] = []
+    weight = right
     while isinstance(weight, fx.Node) and weight.target in _REPEATING:
         inner, outer = example(weight.args[0]), example(weight)
         if len(weight.users) != 1 or inner.shape[-2:] != outer.shape[-2:]:
@@ -204,8 +236,33 @@ def _bmm(node: fx.Node, roots: frozenset[fx.Node]) -> Operands | str | None:
         repeats.insert(0, weight)
         weight = weight.all_input_nodes[0]  # the others are symbolic sizes
         if inner.dim() == 2 and frozen_value(weight, roots) is not None:
-            return Operands(x, weight, weight_is_kn=True, repeats=tuple(repeats))
-    return _BATCHED(node, roots)
+            return Operands(left, weight, weight_is_kn=True, repeats=tuple(repeats))
+    if any(_is_gathered(operand, roots) for operand in (left, right)):
+        return "a weight is gathered for every row; use experts_implementation='grouped_mm'"
+    return None  # a product of activations, such as attention scores
+
+
+def _is_gathered(operand: object, roots: frozenset[fx.Node]) -> bool:
+    """Whether ``operand`` is ``W[index]``, or a view of it, with an index computed in the graph."""
+    while isinstance(operand, fx.Node) and operand.args:
+        if len(operand.all_input_nodes) == 2 and frozen_value(operand.args[0], roots) is not None:
+            return operand.target in _GATHERING
+        operand = operand.args[0] if len(operand.all_input_nodes) == 1 else None
+    return False
+
+
+def _grouped(node: fx.Node, roots: frozenset[fx.Node]) -> Operands | str | None:
+    """``grouped_mm(x [S, K], W [E, K, N], offsets)``, of PyTorch or of Transformers."""
+    x, weight = (_argument(node, i, *names) for i, names in enumerate(_GROUPED_NAMES))
+    offsets, bias = _argument(node, 2, "offs"), _argument(node, 3, "bias")
+    if frozen_value(weight, roots) is None:
+        return None if frozen_value(x, roots) is None else "grouped_mm with the weight on the left"
+    value = example(x)
+    if offsets is None or bias is not None or not isinstance(value, Tensor) or value.dim() != 2:
+        return "grouped_mm in another form than one matrix of rows, cut by offsets, without bias"
+    if node.kwargs.get("out_dtype") not in (None, value.dtype):
+        return f"grouped_mm with out_dtype={node.kwargs['out_dtype']}"
+    return Operands(x, weight, weight_is_kn=True, per_group=True, offsets=offsets)
 
 
 def _reason(reason: str) -> Normaliser:
@@ -238,14 +295,15 @@ def _frozen_operands(node: fx.Node, roots: frozenset[fx.Node]) -> list[FrozenVal
     return list(found.values())
 
 
-_BATCHED = _reason("a batched weight (one matrix per group) is not rewritten")
 _ATTENTION = _reason(
-    "an opaque attention operator holds its projections inside; "
-    "call the projections as linear layers to have them rewritten"
+    "an attention operator holds its projections inside, and its masks, or that they are "
+    "small or trained, keep it from being spelt out"
 )
 _RECURRENT = _reason("a recurrent operator holds its linear layers inside")
 _BILINEAR = _reason("a bilinear form is no linear layer")
 _aten = torch.ops.aten
+_GROUPED_NAMES = (("mat_a", "self", "input"), ("mat_b", "mat2", "weight"))
+_GATHERING = (operator.getitem, torch.index_select, _aten.index.Tensor, _aten.index_select.default)
 _REPEATING = (_aten.expand.default, _aten.view.default, _aten.unsqueeze.default)
 
 _FUNCTIONS: dict[Any, Normaliser] = {
@@ -261,10 +319,10 @@ _FUNCTIONS: dict[Any, Normaliser] = {
     _aten.mv.default: _matmul,
     torch.addmm: _addmm,
     _aten.addmm.default: _addmm,
-    torch.bmm: _BATCHED,
-    torch.baddbmm: _BATCHED,
+    torch.bmm: _bmm,
+    torch.baddbmm: _baddbmm,
     _aten.bmm.default: _bmm,
-    _aten.baddbmm.default: _BATCHED,
+    _aten.baddbmm.default: _baddbmm,
     torch.einsum: _einsum,
     torch.functional.einsum: _einsum,
     _aten.einsum.default: _einsum,
@@ -275,8 +333,8 @@ _FUNCTIONS: dict[Any, Normaliser] = {
     _aten.conv2d.default: _convolution,
     _aten.conv3d.default: _convolution,
     _aten.convolution.default: _convolution,
-    torch._grouped_mm: _BATCHED,
-    _aten._grouped_mm.default: _BATCHED,
+    torch._grouped_mm: _grouped,
+    _aten._grouped_mm.default: _grouped,
     F.multi_head_attention_forward: _ATTENTION,
     torch._transformer_encoder_layer_fwd: _ATTENTION,
     torch._native_multi_head_attention: _ATTENTION,
@@ -291,15 +349,15 @@ _FUNCTIONS: dict[Any, Normaliser] = {
     _aten._trilinear.default: _BILINEAR,
 }
 if hasattr(F, "grouped_mm"):  # newer than the oldest supported torch
-    _FUNCTIONS[F.grouped_mm] = _BATCHED
+    _FUNCTIONS[F.grouped_mm] = _grouped
 _METHODS: dict[str, Normaliser] = {
     "mm": _matmul,
     "matmul": _matmul,
     "mv": _matmul,
     "__matmul__": _matmul,
     "addmm": _addmm,
-    "bmm": _BATCHED,
-    "baddbmm": _BATCHED,
+    "bmm": _bmm,
+    "baddbmm": _baddbmm,
 }
 
 
@@ -316,7 +374,7 @@ def _custom(target: Any) -> Normaliser | None:
         return None
     if namespace in ("aten", "prims", "prim", "ss1"):
         return None
-    return _BATCHED if "grouped_mm" in name else _CUSTOM
+    return _grouped if "grouped_mm" in name else _CUSTOM
 
 
 def _normaliser(node: fx.Node) -> Normaliser | None:

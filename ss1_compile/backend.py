@@ -231,7 +231,7 @@ class _Compilation:
                 structure=structure,
                 method=self.config.projection,
                 damping=self.config.damping,
-                weight=(lambda w: weight(w).t()) if transposed else weight,
+                weight=(lambda w: weight(w).mT) if transposed else weight,
                 bias=site.bias.function() if site.bias else None,
                 key=(site.weight.key, transposed, site.bias.key if site.bias else None),
             ),

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ss1_compile.projection import Projection, project
+from ss1_compile.experts import project_experts
+from ss1_compile.projection import Projection
 from ss1_compile.statistics import statistics_of
 from ss1_compile.structure import SS1Structure
 
@@ -115,7 +116,7 @@ def _project(
 ) -> Projection:
     statistics = statistics_of(weight)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        projection = project(
+        projection = project_experts(
             recipe.weight(weight.detach()),
             recipe.structure,
             recipe.bias(bias.detach()) if recipe.bias and bias is not None else None,

@@ -9,15 +9,16 @@ from typing import Any, cast
 
 import torch
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ss1_compile.bare_parameters import bare_parameters
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError, UnhandledLinearError
+from ss1_compile.experts import ExpertLinear, SS1ExpertLinear, project_experts
 from ss1_compile.modules import SS1Linear, put_layer
-from ss1_compile.projection import project
 from ss1_compile.report import LayerReport, Report, tensor_bytes
+from ss1_compile.stand_ins import stand_ins
 from ss1_compile.statistics import Statistics, calibrate, execution_groups, rebind, statistics_of
 from ss1_compile.structure import SS1Structure
 
@@ -33,7 +34,7 @@ class _Layer:
     by_choice: bool = False
     """Whether the configuration asked for it to stay dense."""
     row: LayerReport | None = None
-    replacement: SS1Linear | None = field(default=None, repr=False)
+    replacement: SS1Linear | SS1ExpertLinear | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -65,7 +66,10 @@ def compress(
 ) -> Report:
     """Replace linear layers by :class:`SS1Linear`, in place, freeing the dense weights.
 
-    Handles ``nn.Linear`` and Hugging Face's ``Conv1D``. The model is unchanged if anything fails.
+    Handles ``nn.Linear``, Hugging Face's ``Conv1D`` and ``nn.MultiheadAttention``, which becomes an
+    :class:`~ss1_compile.attention.SS1MultiheadAttention` with the layers ``q_proj``, ``k_proj``,
+    ``v_proj`` and ``out_proj``; and the experts of Transformers' mixture-of-experts models
+    (:class:`~ss1_compile.experts.SS1Experts`). The model is unchanged if anything fails.
 
     Args:
         model: any module; its dtype, devices, training mode and ``requires_grad`` are kept.
@@ -94,32 +98,38 @@ def compress(
     if config is not None and options:
         raise ConfigError(f"pass either config or options, not both ({', '.join(options)})")
     config = config or SS1Config.from_dict(options)
-    layers = _find_layers(model, config, structures or {})
-    chosen = [layer for layer in layers if layer.structure is not None]
-    for layer in layers:
-        if config.strict and layer.reason is not None and not layer.by_choice:
-            raise UnhandledLinearError(f"{layer.name}: {layer.reason} (strict=True)")
-    bare = bare_parameters(model, config, [layer.module for layer in layers])
-    for parameter in bare:
-        if config.strict and not parameter.by_choice:
-            raise UnhandledLinearError(
-                f"{parameter.row.name}: {parameter.row.reason} (strict=True; exclude it if it is "
-                f"no linear layer's weight)"
-            )
-    _check(chosen, config, calibration, sequential)
-    if sequential:
-        _compress_sequentially(model, chosen, config, calibration, progress)
-    else:
-        _use_calibration(model, chosen, calibration, progress)
-        for layer in track(chosen, "projecting", disable=not progress, transient=True):
-            _project(layer, config)
-    report = _report(layers)
-    report.layers += [parameter.row for parameter in bare]
-    report.require_some(config)
-    report.warn_if_ruined(config.warn_error)
-    if not dry_run:
-        for layer in chosen:
-            _swap(model, layer)
+    if isinstance(calibration, Statistics):
+        calibration.bind(model)
+    with stand_ins(model) as inside:
+        layers = _find_layers(model, config, structures or {})
+        chosen = [layer for layer in layers if layer.structure is not None]
+        for layer in layers:
+            if config.strict and layer.reason is not None and not layer.by_choice:
+                raise UnhandledLinearError(f"{layer.name}: {layer.reason} (strict=True)")
+        bare = bare_parameters(model, config, [layer.module for layer in layers])
+        for parameter in bare:
+            if config.strict and not parameter.by_choice:
+                raise UnhandledLinearError(
+                    f"{parameter.row.name}: {parameter.row.reason} (strict=True; exclude it if it "
+                    f"is no linear layer's weight)"
+                )
+        _check(chosen, config, calibration, sequential)
+        if sequential:
+            _compress_sequentially(model, chosen, config, calibration, progress)
+        else:
+            if calibration is not None and not isinstance(calibration, Statistics) and chosen:
+                names = [layer.weight_name for layer in chosen]
+                calibrate(model, calibration, names=names, progress=progress)
+            for layer in track(chosen, "projecting", disable=not progress, transient=True):
+                _project(layer, config)
+        report = _report(layers)
+        report.layers += [parameter.row for parameter in bare]
+        report.require_some(config)
+        report.warn_if_ruined(config.warn_error)
+        if not dry_run:
+            for layer in chosen:
+                _swap(model, layer)
+            inside.keep()
     return report
 
 
@@ -191,13 +201,20 @@ def _computes_linear(module: nn.Linear) -> bool:
 
 
 def _is_linear_like(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    return isinstance(module, nn.Linear | ExpertLinear) or _is_conv1d(module)
 
 
 def _shape(layer: _Layer) -> tuple[int, int]:
     """``(N, K)``."""
-    rows, columns = layer.weight.shape
-    return (columns, rows) if _is_conv1d(layer.module) else (rows, columns)
+    rows, columns = _matrices(layer).shape[-2:]
+    return int(rows), int(columns)
+
+
+def _matrices(layer: _Layer) -> Tensor:
+    """``[N, K]``, or ``[E, N, K]`` of experts."""
+    if isinstance(layer.module, ExpertLinear):
+        return layer.module.matrices
+    return layer.weight.t() if _is_conv1d(layer.module) else layer.weight
 
 
 def _unhandled(layer: _Layer, modules: Mapping[str, nn.Module]) -> str | None:
@@ -211,7 +228,8 @@ def _unhandled(layer: _Layer, modules: Mapping[str, nn.Module]) -> str | None:
         return "the weight is parametrised (weight norm, LoRA, ...): merge it first"
     if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
         return "the module has hooks, which a replacement would lose"
-    if layer.weight.dim() != 2 or not layer.weight.is_floating_point():
+    dims = 3 if isinstance(module, ExpertLinear) else 2
+    if layer.weight.dim() != dims or not layer.weight.is_floating_point():
         return f"the weight is {layer.weight.dtype} {list(layer.weight.shape)}"
     for name in layer.names:
         parent = modules[name.rpartition(".")[0]]
@@ -249,19 +267,6 @@ def _check(
 # --- projecting ---------------------------------------------------------------------------------
 
 
-def _use_calibration(
-    model: nn.Module,
-    chosen: list[_Layer],
-    calibration: Iterable[Any] | Statistics | None,
-    progress: bool,
-) -> None:
-    if isinstance(calibration, Statistics):
-        calibration.bind(model)
-    elif calibration is not None and chosen:
-        names = [layer.weight_name for layer in chosen]
-        calibrate(model, calibration, names=names, progress=progress)
-
-
 def _project(layer: _Layer, config: SS1Config) -> None:
     """Make the layer's replacement and its row of the report."""
     assert layer.structure is not None
@@ -273,9 +278,8 @@ def _project(layer: _Layer, config: SS1Config) -> None:
         reason = "the calibration data never reached it"
         layer.row, layer.reason = replace(row, reason=reason), reason
         return
-    weight = layer.weight.detach()
-    projection = project(
-        weight.t() if _is_conv1d(module) else weight,
+    projection = project_experts(
+        _matrices(layer).detach(),
         layer.structure,
         None if layer.bias is None else layer.bias.detach(),
         statistics=statistics,
@@ -295,14 +299,17 @@ def _project(layer: _Layer, config: SS1Config) -> None:
         )
         layer.row = replace(row, reason=layer.reason)
         return
-    bias = None
-    if projection.bias is not None and layer.bias is not None:
-        bias = nn.Parameter(projection.bias, layer.bias.requires_grad)
-    replacement = SS1Linear.from_tensors(
-        layer.structure, nn.Parameter(projection.z, layer.weight.requires_grad), bias
-    )
+    z = nn.Parameter(projection.z, layer.weight.requires_grad)
+    bias: nn.Parameter | None = None
+    replacement: SS1Linear | SS1ExpertLinear
+    if isinstance(module, ExpertLinear):
+        replacement = SS1ExpertLinear(layer.structure, z)
+    else:
+        if projection.bias is not None and layer.bias is not None:
+            bias = nn.Parameter(projection.bias, layer.bias.requires_grad)
+        replacement = SS1Linear.from_tensors(layer.structure, z, bias)
     layer.replacement = replacement.train(module.training)
-    after = tensor_bytes([replacement.z, replacement.bias, replacement.sketch])
+    after = tensor_bytes([z, bias, replacement.sketch])
     layer.row = replace(row, bytes_after=after, reduction=layer.structure.reduction)
 
 
@@ -365,7 +372,7 @@ def _row(layer: _Layer, size: int) -> LayerReport:
     return LayerReport(
         name=layer.name,
         op=type(layer.module).__name__,
-        shape=_shape(layer) if layer.weight.dim() == 2 else None,
+        shape=_shape(layer) if layer.weight.dim() in (2, 3) else None,
         bytes_before=size,
         bytes_after=size,
         reason=layer.reason,

@@ -146,7 +146,7 @@ def _expected(
 ) -> Choice | None:
     """What a GPU will run for the site; symbolic sizes count as in the example inputs."""
     x = _value(entry.operands.x) if isinstance(entry, Site) else None
-    if x is None or not projection.z.is_cuda:
+    if x is None or not projection.z.is_cuda or projection.z.dim() != 2:
         return None
     sizes = [size if isinstance(size, int) else size.node.hint for size in x.shape]
     if None in sizes:

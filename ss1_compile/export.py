@@ -22,6 +22,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from ss1_compile.config import SS1Config
 from ss1_compile.decision import Decisions
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError
+from ss1_compile.experts import project_experts
 from ss1_compile.nested import nested_linears
 from ss1_compile.passes import (
     PassTrace,
@@ -32,7 +33,7 @@ from ss1_compile.passes import (
     find_sites,
     rewrite_sites,
 )
-from ss1_compile.projection import Projection, project
+from ss1_compile.projection import Projection
 from ss1_compile.report import Report
 from ss1_compile.statistics import InputStatistics, Statistics, statistics_of
 from ss1_compile.structure import SS1Structure
@@ -214,8 +215,8 @@ class _Rewriting:
         bias = site.bias.function()(self._tensor(site.bias.root, name)) if site.bias else None
         dense = site.weight.function()(weight.detach())
         with torch.autocast(dense.device.type, enabled=False):
-            projection = project(
-                dense.t() if site.operands.weight_is_kn else dense,
+            projection = project_experts(
+                dense.mT if site.operands.weight_is_kn else dense,
                 structure,
                 bias,
                 statistics=statistics,

@@ -97,7 +97,7 @@ class Statistics(Mapping[str, InputStatistics]):
         misfits = [
             f"{name} (weight {list(weights[name].shape)}, statistics of {entry.in_features})"
             for name, entry in self.items()
-            if name in weights and entry.in_features not in weights[name].shape
+            if name in weights and not _may_have(weights[name], entry.in_features)
         ]
         if missing or misfits:
             raise CalibrationError(
@@ -190,8 +190,10 @@ def calibrate(
 ) -> Statistics:
     """Run ``model`` over ``data`` and collect the input statistics of its linear weights.
 
-    Covers ``nn.Linear``, Hugging Face's ``Conv1D`` and ``F.linear``, ``addmm``, ``mm``, ``matmul``
-    and ``@`` on a parameter or its transpose. The model runs in eval mode (restored afterwards),
+    Covers ``nn.Linear``, Hugging Face's ``Conv1D``, ``nn.MultiheadAttention``, 1×1 convolutions,
+    and ``F.linear``, ``addmm``, ``mm``, ``matmul``, ``@``, ``einsum``, ``bmm`` and ``grouped_mm``
+    on a parameter or its transpose. The experts of one parameter have statistics in common. The
+    model runs in eval mode (restored afterwards),
     without gradients and eagerly even if it is compiled. The result is bound to the model's
     weights (:func:`statistics_of`).
 
@@ -329,7 +331,12 @@ def _listed(
     if names is None:
         embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
         tables = {id(m.weight) for m in embeddings}
-    return [n for key, w in weights.items() if id(w) not in tables for n in aliases[key]]
+    return [
+        name
+        for key, weight in weights.items()
+        if id(weight) not in tables and (weight.dim() == 2 or names is not None)
+        for name in aliases[key]
+    ]
 
 
 def _entries(
@@ -346,6 +353,13 @@ def _entries(
         for alias in aliases[name]:
             entries[alias] = made[id(found)]
     return entries
+
+
+def _may_have(weight: Tensor, in_features: int) -> bool:
+    """Whether ``in_features`` can be K; an einsum may sum over several dimensions at once."""
+    if weight.dim() == 2:
+        return in_features in weight.shape
+    return weight.numel() % in_features == 0
 
 
 def _asymmetry(second_moment: Tensor) -> str | None:

@@ -143,6 +143,11 @@ class Custom(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Attention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
 def with_hook():
     layer = nn.Linear(D, D)
     layer.register_forward_hook(lambda *_: None)
@@ -165,11 +170,7 @@ LEFT = {
     ),
     "hook": (with_hook, "hooks"),
     "tied": (TiedHead, "tied to 0.embedding.weight"),
-    "attention": (lambda: nn.MultiheadAttention(D, 4), "reads its weight directly"),
-    "encoder layer": (
-        lambda: nn.TransformerEncoderLayer(D, 4, 2 * D),
-        "reads its weight directly",
-    ),
+    "attention subclass": (lambda: Attention(D, 4), "reads its weight directly"),
 }
 
 
@@ -430,7 +431,8 @@ class Bare(nn.Module):
 
 def test_weights_outside_linear_modules_have_a_row_with_a_reason():
     report = quiet(nn.Sequential(Bare()), exclude=["0.point"])
-    assert {row.name for row in report.compressed} == {"0.linear"}
+    parts = {f"0.attention.{name}_proj" for name in ("q", "k", "v", "out")}
+    assert {row.name for row in report.compressed} == {"0.linear", *parts}
     reasons = {row.name: row.reason for row in report.left}
     assert "outside any linear module" in reasons.pop("0")
     assert "outside any linear module" in reasons.pop("0.experts")
@@ -438,20 +440,18 @@ def test_weights_outside_linear_modules_have_a_row_with_a_reason():
     assert "excluded" in reasons.pop("0.point")
     assert "LSTM" in reasons.pop("0.lstm.weight_ih_l0")
     assert "LSTM" in reasons.pop("0.lstm.weight_hh_l0")
-    assert "fused operator" in reasons.pop("0.attention.in_proj_weight")
-    assert "fused operator" in reasons.pop("0.attention.out_proj")
     assert not reasons
 
 
 def test_strict_refuses_a_weight_outside_linear_modules_until_it_is_excluded():
     names = ["0", "0.experts", "0.point", "0.lstm.*"]
-    with pytest.raises(UnhandledLinearError, match=r"0\.attention\.out_proj"):
-        quiet(nn.Sequential(Bare()), strict=True, exclude=names)
     model = nn.Sequential(Bare())
-    del model[0].attention
     with pytest.raises(UnhandledLinearError, match=r"0\.experts: Bare holds it"):
         quiet(model, strict=True, exclude=["0", "0.point", "0.lstm.*"])
     assert quiet(model, strict=True, exclude=names).compressed
+
+
+LETTERS = ("q", "k", "v", "out")
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -470,7 +470,9 @@ def test_encoder_layers_are_exact_and_compute_with_z(norm_first, activation, mon
         expected, masked = model(x), model(x, src_key_padding_mask=padding)
         report = quiet(model, reduction=1, calibration=[x])
         assert {row.name for row in report.compressed} == {
-            f"layers.{i}.{name}" for i in range(2) for name in ("linear1", "linear2")
+            f"layers.{i}.{name}"
+            for i in range(2)
+            for name in ("linear1", "linear2", *(f"self_attn.{x}_proj" for x in LETTERS))
         }
         monkeypatch.setattr(SS1Structure, "materialize", None)  # nothing may compute the dense W
         assert relative(model(x), expected) < 1e-5

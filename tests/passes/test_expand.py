@@ -117,6 +117,8 @@ EINSUMS = {
     "bthk,hkd->btd": ((2, 5, 4, 10), (4, 10, 24), (24, 40)),
     "bhtk,khd->tbd": ((2, 4, 5, 10), (10, 4, 24), (24, 40)),
     "d,df->f": ((40,), (40, 24), (24, 40)),
+    "...d,df->...f": ((2, 5, 40), (40, 24), (24, 40)),
+    "d...,fd->...f": ((40, 2, 5), (24, 40), (24, 40)),
 }
 
 
@@ -138,11 +140,10 @@ def test_einsum(equation, form):
 @pytest.mark.parametrize(
     ("equation", "of_x", "of_w"),
     [
-        ("gtd,gdf->gtf", (4, 5, 40), (4, 40, 24)),  # a weight per group
         ("btd,df->bf", (2, 5, 40), (40, 24)),  # a sum over tokens as well
         ("btd,de->btde", (2, 5, 40), (40, 24)),  # nothing is summed over
-        ("...d,df->...f", (2, 5, 40), (40, 24)),
-        ("btd,df", (2, 5, 40), (40, 24)),
+        ("...d,...df->...f", (2, 5, 40), (5, 40, 24)),  # a weight per token
+        ("abtd,abdf->abtf", (2, 2, 5, 40), (2, 2, 40, 24)),  # groups in two dimensions
         ("tdd,df->tf", (5, 40, 40), (40, 24)),
     ],
 )
@@ -153,6 +154,25 @@ def test_other_einsums_are_kept_with_a_reason(equation, of_x, of_w):
     sites, (skipped,) = find_sites(gm.graph, nodes)
     assert not sites
     assert equation in skipped.reason
+
+
+@pytest.mark.parametrize(
+    "equation", ["gtd,gdf->gtf", "tgd,gdf->gtf", "tgd,fgd->tfg", "gt...d,gdf->gt...f"]
+)
+def test_a_weight_per_group_becomes_bmm(equation):
+    sizes = {"g": 4, "t": 5, "d": 40, "f": 24}
+    of_x, of_w = equation.split("->")[0].replace("...", "").split(",")
+    x, weight = (randn(*(sizes[i] for i in term)) for term in (of_x, of_w))
+    gm, values, nodes = graph_of(torch.einsum, equation, x, weight, frozen=[weight])
+    expected = gm(*values)
+    asked = []
+    assert expand_linears(gm.graph, nodes, lambda *a: asked.append(a[1:]) or True) == 1
+    gm.recompile()
+    torch.testing.assert_close(gm(*values), expected, rtol=1e-9, atol=1e-9)
+    (site,), skipped = find_sites(gm.graph, nodes)
+    assert not skipped
+    assert site.operands.per_group
+    assert asked == [(24, 40)] == [site.shape]
 
 
 def test_unwanted_layers_keep_their_form():

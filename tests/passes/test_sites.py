@@ -118,10 +118,10 @@ REFUSED = {
         "alpha or beta",
     ),
     "einsum": (lambda g, x, w: call(torch.einsum, "mk,nk->mn", x, w)(g), {"w": NK}, "einsum"),
-    "bmm": (
-        lambda g, x, w: call(torch.bmm, x, w)(g),
-        {"x": torch.randn(2, M, K), "w": torch.randn(2, K, N)},
-        "batched weight",
+    "baddbmm": (
+        lambda g, x, w: call(torch.baddbmm, x, w, x)(g),
+        {"x": torch.randn(2, K, K), "w": torch.randn(2, K, K)},
+        "weight on the left",
     ),
     "3-D matmul": (
         lambda g, x, w: call(torch.matmul, x, w)(g),

@@ -122,12 +122,11 @@ class _Examination:
         self._finite("compress", self.at_four)
         self.chosen = {row.name for row in report.compressed}
         self.result.parameters_after = sum(p.numel() for p in model.parameters())
-        before = dict(self.model.named_modules())
         for name, module in model.named_modules():
             if isinstance(module, SS1Linear):
                 group = C * module.block_k  # K is padded to a multiple of it
                 promised = module.out_features * -(-module.in_features // group) * module.block_k
-                dense = before[name].weight.numel()  # type: ignore[union-attr]
+                dense = module.in_features * module.out_features
                 if not module.z.numel() == promised < dense:
                     self._fail("compress", f"{name} has {module.z.numel()} parameters of {dense}")
 

@@ -44,8 +44,11 @@ class Product:
 
     def row_names(self) -> set[str]:
         """The names under which a report may list it: the parameter's or its module's."""
-        plain = (re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", n) for n in self.names)
-        return {*self.names, *(name.removesuffix(".weight") for name in plain)}
+        plain = [re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", n) for n in self.names]
+        # nn.MultiheadAttention's parts have modules of their own after compress
+        parts = [re.sub(r"\bin_proj_weight$", f"{x}_proj", n) for x in "qkv" for n in plain]
+        parts += [name.removesuffix("_weight") for name in plain]
+        return {*self.names, *parts, *(name.removesuffix(".weight") for name in plain)}
 
 
 class _Watch(TorchDispatchMode):
