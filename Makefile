@@ -1,6 +1,7 @@
 # Everything runs in .venv, which the first target that needs it creates and fills.
 # make demo   compress, check and time a pretrained model: the main job
 # make test   lint and tests, what continuous integration runs
+# make test-tensorrt   install TensorRT-RTX (90 MB), build engines and look into them; no GPU needed
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ STAMP := $(VENV)/.installed
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 DEMO_FLAGS ?=
 
-.PHONY: demo test lint format figures clean
+.PHONY: demo test test-tensorrt lint format figures clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -17,6 +18,12 @@ demo: $(STAMP)
 # OMP_NUM_THREADS: two test processes with two threads each would fight over two cores.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not zoo" $(PYTEST_FLAGS)
+
+# Separate because of the size of TensorRT. Without a GPU engines are built and not run.
+test-tensorrt: $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[tensorrt-rtx,onnx,hf]" \
+	  || echo "make: no torch-tensorrt-rtx for this platform; its tests will be skipped"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tensorrt tests/tensorrt
 
 # mypy reads no package-dir mapping: it gets the package as it is installed, through links.
 lint: $(STAMP)

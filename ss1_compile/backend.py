@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from ss1_compile import tensorrt
 from ss1_compile.binding import Recipe, Slot, bind_fresh, bound_call
 from ss1_compile.config import SS1Config, reject_unknown_keys
 from ss1_compile.decision import Decisions, in_order
@@ -49,6 +50,7 @@ _OWN_OPTIONS = (
     "mode",
     "report",
     "structures",
+    "tensorrt",
 )
 
 
@@ -63,12 +65,15 @@ class BackendOptions:
         dry_run: project and report, and compile the graph as it was captured.
         fuse: fuse producers, epilogues and sketches of the same input around the SS1 layers, where
             gradients and autocast are off; ``None`` means on CUDA only.
-        inner_backend: name of the backend that compiles the rewritten graph.
+        inner_backend: name of the backend that compiles the rewritten graph; for
+            ``"torch_tensorrt"`` (also ``"tensorrt"``) the converters of
+            :mod:`ss1_compile.tensorrt` are registered and nothing is fused here.
         inductor: Inductor settings for this compilation only (``config_patches``).
         lowering: run every layer that can with this one of ``kernels.lowering.NAMES`` (on a GPU),
             instead of the one expected to be fastest.
         report: a :class:`Report` that receives a row per linear layer.
         structures: layer name → structure, for weights that are known to have one.
+        tensorrt: Torch-TensorRT settings for this compilation, ``{"min_block_size": 1}`` say.
     """
 
     config: SS1Config
@@ -80,6 +85,12 @@ class BackendOptions:
     lowering: str | None = None
     report: Report | None = None
     structures: Mapping[str, SS1Structure] = field(default_factory=dict)
+    tensorrt: Mapping[str, Any] | None = None
+
+    @property
+    def for_tensorrt(self) -> bool:
+        """Whether Torch-TensorRT compiles the rewritten graph."""
+        return self.inner_backend in ("torch_tensorrt", "tensorrt")
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> BackendOptions:
@@ -104,6 +115,12 @@ class BackendOptions:
             raise ConfigError(
                 f"lowering must be one of {', '.join(lowering.NAMES)}, got {own['lowering']!r}"
             )
+        if own.get("tensorrt") is not None or own.get("fuse"):
+            for_tensorrt = own.get("inner_backend") in ("torch_tensorrt", "tensorrt")
+            if own.get("tensorrt") is not None and not for_tensorrt:
+                raise ConfigError("tensorrt settings need inner_backend='torch_tensorrt'")
+            if own.get("fuse") and for_tensorrt:
+                raise ConfigError("fuse=True does not work with TensorRT, which fuses itself")
         inductor = dict(own.pop("inductor", None) or {})
         if mode not in (None, "default"):
             try:
@@ -306,7 +323,9 @@ class _Compilation:
             return names.get(z) or _layer_name(z).removesuffix(".z")
 
         with self.trace("fuse") as did:
-            fused = fuse_graph(self.gm, inputs, name_of, self.options.fuse)
+            # TensorRT fuses the layers it is given itself, and takes ss1::linear only.
+            wanted = False if self.options.for_tensorrt else self.options.fuse
+            fused = fuse_graph(self.gm, inputs, name_of, wanted)
             did.update(fused.counts)
         if self.options.report is not None:
             self.options.report.note_fused(fused.layers)
@@ -329,9 +348,12 @@ class _Compilation:
                 f"mode and inductor settings need inner_backend='inductor', "
                 f"not {self.options.inner_backend!r}"
             )
-        inner: Callable[..., Any] = torch._dynamo.lookup_backend(self.options.inner_backend)(
-            gm, list(inputs)
-        )
+        settings: dict[str, Any] = {}
+        if self.options.for_tensorrt:
+            tensorrt.register()
+            settings = {"options": dict(self.options.tensorrt or {})}
+        backend = torch._dynamo.lookup_backend(self.options.inner_backend)
+        inner: Callable[..., Any] = backend(gm, list(inputs), **settings)
         return inner
 
 

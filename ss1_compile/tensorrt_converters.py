@@ -70,15 +70,13 @@ def convert_linear(
     return _linear(Layers(ctx, name), *args, **kwargs)
 
 
-if hasattr(torch.ops.ss1, "linear_quantized"):
-
-    @dynamo_tensorrt_converter(
-        torch.ops.ss1.linear_quantized.default,
-        capability_validator=_fits_quantized,
-        supports_dynamic_shapes=True,
-    )
-    def convert_linear_quantized(
-        ctx: ConversionContext, target: Any, args: Any, kwargs: Any, name: str
-    ) -> ITensor:
-        """``ss1::linear_quantized`` with ``dynamic=False``: dequantise z, then as ``linear``."""
-        return _linear_quantized(Layers(ctx, name), *args, **kwargs)
+@dynamo_tensorrt_converter(
+    torch.ops.ss1.linear_quantized.default,
+    capability_validator=_fits_quantized,
+    supports_dynamic_shapes=True,
+)
+def convert_linear_quantized(
+    ctx: ConversionContext, target: Any, args: Any, kwargs: Any, name: str
+) -> ITensor:
+    """``ss1::linear_quantized`` with ``dynamic=False``: dequantise z, then as ``linear``."""
+    return _linear_quantized(Layers(ctx, name), *args, **kwargs)

@@ -15,7 +15,6 @@ from ss1_compile import SS1Linear, SS1Structure
 from ss1_compile.kernels import reference
 
 DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
-QUANTIZED = hasattr(torch.ops.ss1, "linear_quantized")
 
 
 class Operator(nn.Module):
@@ -148,7 +147,6 @@ def test_layers_of_one_structure_share_their_constants(torch_tensorrt):
     torch.testing.assert_close(net.run(x), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.skipif(not QUANTIZED, reason="no quantised operator in this build")
 @pytest.mark.parametrize("as_inputs", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_int8_weights_are_dequantised_in_the_network(torch_tensorrt, groups, as_inputs):
@@ -181,9 +179,8 @@ def test_what_tensorrt_lacks_has_no_converter(torch_tensorrt):
     double = Operator("linear", *rotation(64, 24, 2, 2, dtype=torch.float64))
     assert converters(torch_tensorrt, single, (x,)) == [True]
     assert converters(torch_tensorrt, double, (x.double(),)) == [False]
-    if QUANTIZED:
-        code, z, bias = rotation(64, 24, 2, 2)
-        weights = [code, z.to(torch.int8), torch.rand(24, 1), bias]
-        for dynamic in (False, True):
-            op = Operator("linear_quantized", *weights, dynamic=dynamic)
-            assert converters(torch_tensorrt, op, (x,)) == [not dynamic]
+    code, z, bias = rotation(64, 24, 2, 2)
+    weights = [code, z.to(torch.int8), torch.rand(24, 1), bias]
+    for dynamic in (False, True):
+        op = Operator("linear_quantized", *weights, dynamic=dynamic)
+        assert converters(torch_tensorrt, op, (x,)) == [not dynamic]
