@@ -48,3 +48,42 @@ def linear(x: Tensor, sketch: Tensor, z: Tensor, bias: Tensor | None = None) -> 
     """``y = x Wᵀ + b`` in float64 on the CPU, through the materialised W. ``x [..., K]``."""
     y = x.cpu().double() @ materialize(sketch, z, x.shape[-1]).T
     return y if bias is None else y + bias.cpu().double()
+
+
+def sketched(x: Tensor, sketch: Tensor, reduced_features: int) -> Tensor:
+    """``X̃ [J, M, K_c]`` of ``x [M, K]`` in float64: ``X̃[j] = x S_j``, S_j written out."""
+    identity = torch.eye(reduced_features, dtype=torch.float64)
+    x = x.cpu().double()
+    parts = [materialize(sketch[j : j + 1], identity, x.shape[1]) for j in range(sketch.shape[0])]
+    return torch.stack([x @ part.T for part in parts])
+
+
+def quantized_product(
+    q: Tensor, q_scale: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """``y[m, n] = q_scale[j,m] · scale[n] · Σ_k q[j,m,k] z[n,k] + b[n]`` in float64, j = j(n).
+
+    ``q [J, M, K_c]`` and ``z [N, K_c]`` are int8 (the sum is then taken in int64) or float8, whose
+    products and sums float64 holds exactly too; ``scale [N, 1]``, ``q_scale [J, M]``.
+    """
+    integer = z.dtype == torch.int8
+    wide = torch.int64 if integer else torch.float64
+    q, z = q.cpu().to(wide), z.cpu().to(wide)
+    rows_per_block = -(-z.shape[0] // q.shape[0])
+    blocks = [
+        (q[j] @ z[j * rows_per_block : (j + 1) * rows_per_block].T).double()
+        * q_scale[j].cpu().double()[:, None]
+        for j in range(q.shape[0])
+    ]
+    y = torch.cat(blocks, dim=1) * scale.cpu().double().T
+    return y if bias is None else y + bias.cpu().double()
+
+
+def linear_weight_only(
+    x: Tensor, sketch: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """``y`` in float64 with ``z[n, k] · scale[n, k // (K_c / groups)]`` in place of z."""
+    width = z.shape[1] // scale.shape[1]
+    return linear(
+        x, sketch, z.cpu().double() * scale.cpu().double().repeat_interleave(width, 1), bias
+    )

@@ -1,0 +1,372 @@
+"""Sketch and quantise in one kernel: x is read, int8 or float8 rows and their scales are written.
+
+    q[j, m, :] = round(X̃[j, m, :] / scale[j, m]),   scale[j, m] = max|X̃[j, m, :]| / q_max
+
+The scale of a row needs the whole row first. Three ways:
+
+* ``_gather_kernel`` (rotation): a program holds whole rows of X̃ in registers, gathered c times
+  from x as in :mod:`.triton_sketch`; rows too long for that are computed twice.
+* ``_permute_kernel`` (rotation, 16-bit x): the 0/±1 matrix product of :mod:`.triton_sketch`, run
+  over all supergroups twice: for the maximum, then for the values. The second reading of x comes
+  from the L2 cache. Its cost does not grow with c.
+* ``_rows_kernel``: quantises rows that another kernel has written in x's dtype. A learned sketch
+  writes so few of them that this beats computing it twice (one NVIDIA H200, 16384 x 4096, c = 4:
+  75 µs twice).
+
+The first two sum and quantise in float32; the third quantises X̃ rounded to x's dtype. The rules
+for rows of zeros and for non-finite rows are those of :mod:`.quantize`.
+"""
+
+# Kernel parameters are Triton values; an annotation would be a cast.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="misc,untyped-decorator,no-untyped-def,no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ss1_compile.kernels import triton_blocks, triton_sketch
+from ss1_compile.kernels.quantize import Q_MAX, SMALLEST_SCALE
+
+_TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
+# Elements of a program's rows in registers: 64 floats a thread with eight warps.
+_MOST_SLOTS = 16384
+_MAX_VECTORS = 256
+_SMALLEST = tl.constexpr(SMALLEST_SCALE)
+# Adding and subtracting 1.5·2²³ rounds a float32 below 2²² to an integer, ties to even.
+_ROUNDING = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _magnitude(v):
+    """|v|, and infinity for a NaN, which a maximum would lose."""
+    return tl.where(v == v, tl.abs(v), float("inf"))
+
+
+@triton.jit
+def _row_scale(amax, QMAX: tl.constexpr):
+    scale = amax * (1.0 / QMAX)
+    scale = tl.where(scale < _SMALLEST, 1.0, scale)
+    return tl.where(amax < float("inf"), scale, float("nan"))
+
+
+@triton.jit
+def _narrow(r, QMAX: tl.constexpr, INTEGER: tl.constexpr, TO: tl.constexpr):
+    """r, divided by its scale already, in the quantised type; 0 for a NaN."""
+    r = tl.where(r == r, tl.minimum(tl.maximum(r, -QMAX), QMAX), 0.0)
+    if INTEGER:
+        return ((r + _ROUNDING) - _ROUNDING).to(tl.int32).to(tl.int8)
+    return r.to(TO)
+
+
+@triton.jit
+def _gathered(
+    x, code, j, v, rm, rows, K, G, s_xm,
+    C: tl.constexpr, B8: tl.constexpr, RAGGED: tl.constexpr, BM: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Vectors v of the sketch with hash j, ``[V, BM, 8]`` float32."""
+    g = v // B8
+    u = v & (B8 - 1)
+    acc = tl.zeros((V, BM, 8), tl.float32)
+    for part in tl.static_range(C):
+        h = tl.load(code + (j * G + g) * C + part, mask=g < G, other=0)
+        sign = tl.where(h < 0, -1.0, 1.0)
+        h8 = (h ^ (h >> 31)) // 8
+        col = ((g * C + part) * B8 + ((u - h8) & (B8 - 1))) * 8
+        col = col[:, None, None] + tl.arange(0, 8)[None, None, :]
+        mask = rows & (g < G)[:, None, None]
+        if RAGGED:
+            mask = mask & (col < K)
+        piece = tl.load(x + rm * s_xm + col, mask=mask, other=0.0)
+        acc += piece.to(tl.float32) * sign[:, None, None]
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "J"])
+def _gather_kernel(
+    x, code, q, scale, M, J, K, G, K_c, s_xm, s_qj,
+    C: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr,
+    RAGGED: tl.constexpr, SPLIT_HASHES: tl.constexpr, QMAX: tl.constexpr, INTEGER: tl.constexpr,
+    TRIGGER: tl.constexpr,
+):  # fmt: skip
+    """BM rows of all hashes, or of one with SPLIT_HASHES; CHUNKS pieces of V vectors a row."""
+    if TRIGGER:
+        tl.extra.cuda.gdc_launch_dependents()
+    B8: tl.constexpr = BK // 8
+    pid = tl.program_id(0)
+    first = 0
+    last = J
+    if SPLIT_HASHES:
+        first = pid % J
+        last = first + 1
+        pid = pid // J
+    row0 = pid.to(tl.int64) * BM
+    rm = tl.arange(0, BM)[None, :, None]
+    rows = rm < M - row0
+    x += row0 * s_xm
+    q += row0 * K_c
+    e = tl.arange(0, 8)[None, None, :]
+    scale_rows = tl.arange(0, BM)
+    for j in range(first, last):
+        amax = tl.zeros((BM,), tl.float32)
+        if CHUNKS == 1:
+            v = tl.arange(0, V)
+            acc = _gathered(x, code, j, v, rm, rows, K, G, s_xm, C, B8, RAGGED, BM, V)
+            amax = tl.max(tl.max(_magnitude(acc), axis=2), axis=0)
+        else:
+            for chunk in range(CHUNKS):
+                v = chunk * V + tl.arange(0, V)
+                acc = _gathered(x, code, j, v, rm, rows, K, G, s_xm, C, B8, RAGGED, BM, V)
+                amax = tl.maximum(amax, tl.max(tl.max(_magnitude(acc), axis=2), axis=0))
+        s = _row_scale(amax, QMAX)
+        tl.store(scale + j * M + row0 + scale_rows, s, mask=scale_rows < M - row0)
+        plane = q + tl.cast(j, tl.int64) * s_qj
+        for chunk in range(CHUNKS):
+            v = chunk * V + tl.arange(0, V)
+            if CHUNKS > 1:
+                acc = _gathered(x, code, j, v, rm, rows, K, G, s_xm, C, B8, RAGGED, BM, V)
+            r = _narrow(acc * (1.0 / s)[None, :, None], QMAX, INTEGER, q.dtype.element_ty)
+            slot = v[:, None, None] * 8 + e
+            tl.store(plane + rm * K_c + slot, r, mask=rows & (slot < K_c))
+
+
+@triton.jit
+def _matrix_kernel(
+    code, matrices, J, G,
+    C: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, B8: tl.constexpr,
+):  # fmt: skip
+    """The 0/±1 matrix ``[CP·B8, JP·B8]`` of one supergroup and JP hashes; see triton_sketch."""
+    U: tl.constexpr = CP * B8
+    V: tl.constexpr = JP * B8
+    g = tl.program_id(0)
+    iu = tl.arange(0, U)
+    iv = tl.arange(0, V)
+    part = iu // B8
+    j = tl.program_id(1) * JP + iv // B8
+    used = (part < C)[:, None] & (j < J)[None, :]
+    h = tl.load(code + (j[None, :] * G + g) * C + part[:, None], mask=used, other=0)
+    h8 = (h ^ (h >> 31)) // 8
+    hit = used & (((iv[None, :] - h8) & (B8 - 1)) == (iu & (B8 - 1))[:, None])
+    matrix = tl.where(hit, tl.where(h < 0, -1.0, 1.0), 0.0)
+    matrices += (tl.program_id(1) * G + g) * (U * V)
+    tl.store(matrices + iu[:, None] * V + iv[None, :], matrix.to(matrices.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["M", "J"])
+def _permute_kernel(
+    x, matrices, q, scale, M, J, K, G, K_c, s_xm, s_qj,
+    C: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
+    STAGES: tl.constexpr, RAGGED: tl.constexpr, QMAX: tl.constexpr, INTEGER: tl.constexpr,
+    TRIGGER: tl.constexpr,
+):  # fmt: skip
+    """BM rows of JP hashes, supergroup by supergroup, twice."""
+    if TRIGGER:
+        tl.extra.cuda.gdc_launch_dependents()
+    B8: tl.constexpr = BK // 8
+    U: tl.constexpr = CP * B8
+    V: tl.constexpr = JP * B8
+    blocks_j = tl.cdiv(J, JP)
+    pid = tl.program_id(0)
+    j0 = pid % blocks_j * JP
+    row0 = (pid // blocks_j).to(tl.int64) * BM
+    rm = tl.arange(0, BM)
+    rows = rm < M - row0
+    x += row0 * s_xm
+    q += row0 * K_c
+    matrices += pid % blocks_j * G * (U * V)
+    matrices += tl.arange(0, U)[:, None] * V + tl.arange(0, V)[None, :]
+    ci = tl.arange(0, U * 8)
+    co = tl.arange(0, V * 8)
+    jo = j0 + co // BK
+    # maxima stay in the product's layout until the end: a reduction per supergroup costs more than
+    # all the rest (16384 x 4096, c = 8: 845 µs)
+    best = tl.zeros((BM * 8, V), tl.float32)
+    inverse = tl.zeros((BM * 8, V), tl.float32)
+    for phase in tl.static_range(2):
+        for g in tl.range(0, G, num_stages=STAGES):
+            icol = g * (C * BK) + ci
+            mask = rows[:, None] & (ci < C * BK)[None, :]
+            if RAGGED:
+                mask = mask & (icol < K)[None, :]
+            icol = tl.max_contiguous(tl.multiple_of(icol, 8), 8)
+            v = tl.load(x + rm[:, None] * s_xm + icol[None, :], mask=mask, other=0.0)
+            a = tl.reshape(tl.permute(tl.reshape(v, (BM, U, 8)), (0, 2, 1)), (BM * 8, U))
+            y = tl.dot(a, tl.load(matrices + g * (U * V)))
+            if phase == 0:
+                best = tl.maximum(best, _magnitude(y))
+            else:
+                r = _narrow(y * inverse, QMAX, INTEGER, q.dtype.element_ty)
+                r = tl.reshape(tl.permute(tl.reshape(r, (BM, 8, V)), (0, 2, 1)), (BM, V * 8))
+                ocol = jo.to(tl.int64) * s_qj + g * BK + (co & (BK - 1))
+                ocol = tl.max_contiguous(tl.multiple_of(ocol, 8), 8)
+                at = q + rm[:, None] * K_c + ocol[None, :]
+                tl.store(at, r, mask=rows[:, None] & (jo < J)[None, :])
+        if phase == 0:
+            amax = tl.max(tl.max(tl.reshape(best, (BM, 8, JP, B8)), axis=3), axis=1)
+            s = _row_scale(amax, QMAX)
+            rj = j0 + tl.arange(0, JP)
+            row = rj[None, :] * M + row0 + rm[:, None]
+            tl.store(scale + row, s, mask=rows[:, None] & (rj < J)[None, :])
+            spread = tl.broadcast_to((1.0 / s)[:, None, :, None], (BM, 8, JP, B8))
+            inverse = tl.reshape(spread, (BM * 8, V))
+
+
+@triton.jit(do_not_specialize=["TOTAL"])
+def _rows_kernel(
+    rows, q, scale, TOTAL, K_c,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, QMAX: tl.constexpr, INTEGER: tl.constexpr,
+    TRIGGER: tl.constexpr,
+):  # fmt: skip
+    """One row of ``[TOTAL, K_c]`` a program, in CHUNKS pieces."""
+    if TRIGGER:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    best = tl.zeros((BLOCK,), tl.float32)
+    for chunk in range(CHUNKS):
+        at = chunk * BLOCK + k
+        v = tl.load(rows + row * K_c + at, mask=at < K_c, other=0.0).to(tl.float32)
+        best = tl.maximum(best, _magnitude(v))
+    s = _row_scale(tl.max(best, axis=0), QMAX)
+    tl.store(scale + row, s)
+    for chunk in range(CHUNKS):
+        at = chunk * BLOCK + k
+        v = tl.load(rows + row * K_c + at, mask=at < K_c, other=0.0).to(tl.float32)
+        r = _narrow(v * (1.0 / s), QMAX, INTEGER, q.dtype.element_ty)
+        tl.store(q + row * K_c + at, r, mask=at < K_c)
+
+
+def _outputs(x: Tensor, hashes: int, reduced: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (hashes, x.shape[0])
+    q = x.new_empty((*shape, reduced), dtype=dtype)
+    return q, x.new_empty(shape, dtype=torch.float32)
+
+
+def quantize_rows(rows: Tensor, dtype: torch.dtype, *, pdl: bool = False) -> tuple[Tensor, Tensor]:
+    """``(q, scale)`` of contiguous ``rows [J, M, K_c]``."""
+    hashes, count, reduced = rows.shape
+    q, scale = _outputs(rows[0], hashes, reduced, dtype)
+    if q.numel():
+        block = min(4096, triton.next_power_of_2(reduced))
+        _rows_kernel[(hashes * count,)](
+            *(rows, q, scale, hashes * count, reduced),
+            BLOCK=block,
+            CHUNKS=triton.cdiv(reduced, block),
+            QMAX=Q_MAX[dtype],
+            INTEGER=dtype == torch.int8,
+            TRIGGER=pdl,
+            num_warps=4,
+        )
+    return q, scale
+
+
+def default_variant(x: Tensor, code: Tensor, reduced: int) -> str:
+    """``"gather"`` or ``"permute"`` for ``x [M, K]`` and the rotation code ``[J, G, c]``.
+
+    On one NVIDIA H200, int8, in µs: 16384 x 4096, c = 4: 99 and 99, c = 8: 146 and 102;
+    8192 x 14336, c = 4: 196 and 166; 16384 x 1024, c = 4: 30 and 36.
+    """
+    block_k = reduced // code.shape[1]
+    vectors = triton.next_power_of_2(code.shape[2]) * block_k // 8
+    if x.dtype not in _TENSOR_CORE_DTYPES or x.shape[0] <= 64 or not 16 <= vectors <= _MAX_VECTORS:
+        return "gather"
+    reduction = code.shape[2]
+    return "permute" if reduction > 4 or (reduction == 4 and x.shape[1] > 4096) else "gather"
+
+
+def rotation(
+    x: Tensor,
+    code: Tensor,
+    reduced_features: int,
+    dtype: torch.dtype,
+    *,
+    variant: str | None = None,
+    tile: tuple[int, int, int] | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``(q [J, M, K_c], scale [J, M])`` of ``x [M, K]`` for the rotation code int32 ``[J, G, c]``.
+
+    Args:
+        x: float16, bfloat16 or float32, any row stride; a column stride other than 1 is copied.
+        code: packed signs and rotations, contiguous; ``B_K`` a power of two of at least 8.
+        reduced_features: ``K_c = G·B_K``.
+        dtype: int8 or float8_e4m3fn.
+        variant: ``"gather"``, ``"permute"`` or ``"two"``; None chooses.
+        tile: ``(slots a program or rows a program, warps, stages)`` of gather or permute.
+        pdl: let a kernel launched with programmatic dependent launch start early (sm_90).
+    """
+    hashes, groups, reduction = code.shape
+    block_k = reduced_features // groups
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    variant = variant or default_variant(x, code, reduced_features)
+    if variant == "two":
+        sketched = triton_sketch.sketch(x, code, reduced_features)
+        return quantize_rows(sketched, dtype, pdl=pdl)
+    q, scale = _outputs(x, hashes, reduced_features, dtype)
+    rows = x.shape[0]
+    if rows == 0:
+        return q, scale
+    pow2 = triton.next_power_of_2
+    operands = (
+        *(x, code, q, scale, rows, hashes, x.shape[1], groups, reduced_features),
+        *(x.stride(0), q.stride(0)),
+    )
+    common = {
+        "C": reduction,
+        "BK": block_k,
+        "RAGGED": x.shape[1] != reduction * reduced_features,
+        "QMAX": Q_MAX[dtype],
+        "INTEGER": dtype == torch.int8,
+        "TRIGGER": pdl,
+    }
+    if variant == "permute":
+        # 16 is the smallest side of a tensor-core product
+        planes_in = max(pow2(reduction), 16 * 8 // block_k)
+        planes_out = max(min(pow2(hashes), 64 * 8 // block_k), 16 * 8 // block_k, 1)
+        blocks = triton.cdiv(hashes, planes_out)
+        sides = planes_in * planes_out * (block_k // 8) ** 2
+        matrices = x.new_empty(blocks * groups * sides)
+        _matrix_kernel[(groups, blocks)](
+            *(code, matrices, hashes, groups),
+            C=reduction,
+            CP=planes_in,
+            JP=planes_out,
+            B8=block_k // 8,
+            num_warps=4,
+        )
+        tile_rows, warps, stages = tile or (8, 4, 3)
+        _permute_kernel[(triton.cdiv(rows, tile_rows) * blocks,)](
+            *(x, matrices, *operands[2:]),
+            CP=planes_in,
+            JP=planes_out,
+            BM=tile_rows,
+            STAGES=stages,
+            num_warps=warps,
+            **common,
+        )
+        return q, scale
+    few = rows <= 64
+    vectors = min(pow2(reduced_features // 8), _MOST_SLOTS // 8)
+    slots, warps, _ = tile or (4096, 4, 0)
+    tile_rows = 1 if few else max(1, min(8, slots // (vectors * 8)))
+    _gather_kernel[(triton.cdiv(rows, tile_rows) * (hashes if few else 1),)](
+        *operands,
+        V=vectors,
+        CHUNKS=triton.cdiv(reduced_features // 8, vectors),
+        BM=tile_rows,
+        SPLIT_HASHES=few,
+        num_warps=8 if vectors * 8 * tile_rows > 4096 else warps,
+        **common,
+    )
+    return q, scale
+
+
+def learned(
+    x: Tensor, blocks: Tensor, dtype: torch.dtype, *, pdl: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``(q [J, M, G·r], scale [J, M])`` of ``x [M, K]`` for blocks ``[J, G, gsize, r]``."""
+    return quantize_rows(triton_blocks.sketch(x, blocks), dtype, pdl=pdl)
