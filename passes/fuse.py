@@ -13,7 +13,9 @@ the product writes the sum in place of its own output, and the norm reads one te
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -24,26 +26,37 @@ from ss1_compile.passes.producers import fuse_activations, fuse_norms
 from ss1_compile.passes.share import share_sketches
 
 
-def fuse(graph: fx.Graph, values: Mapping[fx.Node, Tensor] | None = None) -> Sequence[PassResult]:
+def fuse(
+    graph: fx.Graph,
+    values: Mapping[fx.Node, Tensor] | None = None,
+    trace: Callable[[str], AbstractContextManager[dict[str, int]]] | None = None,
+) -> Sequence[PassResult]:
     """Run all fusion passes over ``graph``, in place, unless :func:`why_not`.
 
     Args:
         graph: torch or ATen operators with example values in ``node.meta``.
         values: see :func:`~ss1_compile.passes.share.share_sketches`.
+        trace: traces each pass by its name, as a :class:`~ss1_compile.passes.trace.PassTrace` does.
 
     Returns:
         What each pass did; nothing where no pass was run.
     """
     if why_not(graph) is not None:
         return ()
-    results = (
-        share_sketches(graph, values),
-        fuse_activations(graph),
-        fuse_epilogues(graph),
-        fuse_norms(graph),
+    passes: tuple[Callable[[fx.Graph], PassResult], ...] = (
+        partial(share_sketches, values=values),
+        fuse_activations,
+        fuse_epilogues,
+        fuse_norms,
     )
+    names = ("share_sketches", "fuse_activations", "fuse_epilogues", "fuse_norms")
+    results: list[PassResult] = []
+    for name, run in zip(names, passes, strict=True):
+        with trace(name) if trace else nullcontext({}) as did:
+            results.append(run(graph))
+            did.update(results[-1].counts())
     graph.lint()
-    return results
+    return tuple(results)
 
 
 def why_not(graph: fx.Graph) -> str | None:

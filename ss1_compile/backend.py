@@ -322,11 +322,9 @@ class _Compilation:
         def name_of(z: fx.Node) -> str:
             return names.get(z) or _layer_name(z).removesuffix(".z")
 
-        with self.trace("fuse") as did:
-            # TensorRT fuses the layers it is given itself, and takes ss1::linear only.
-            wanted = False if self.options.for_tensorrt else self.options.fuse
-            fused = fuse_graph(self.gm, inputs, name_of, wanted)
-            did.update(fused.counts)
+        # TensorRT fuses the layers it is given itself, and takes ss1::linear only.
+        wanted = False if self.options.for_tensorrt else self.options.fuse
+        fused = fuse_graph(self.gm, inputs, name_of, wanted, self.trace)
         if self.options.report is not None:
             self.options.report.note_fused(fused.layers)
         return fused.guard(self.inner(self.gm, inputs))

@@ -20,6 +20,7 @@ from ss1_compile.errors import SS1Warning
 from ss1_compile.passes.frozen import example
 from ss1_compile.passes.fuse import fuse, why_not
 from ss1_compile.passes.matching import PassResult, linears, values_of
+from ss1_compile.passes.trace import PassTrace
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ def fuse_graph(
     inputs: Sequence[Any],
     name_of: Callable[[fx.Node], str],
     wanted: bool | None,
+    trace: PassTrace | None = None,
 ) -> Fused:
     """Run the fusion passes over ``gm``, in place, where that is wanted and possible.
 
@@ -114,6 +116,7 @@ def fuse_graph(
         name_of: the name of the layer that a graph input holding ``z`` belongs to.
         wanted: ``None`` means on CUDA only. On a CPU Inductor's own producers are vectorised and
             the fused operators are composed of PyTorch functions, so that fusing loses.
+        trace: of the passes over ``gm``.
     """
     found = linears(gm.graph)
     if wanted is None:
@@ -127,7 +130,7 @@ def fuse_graph(
     names = {linear.z: name_of(linear.z) for linear in found}
     before = fx.Graph()
     before.output(before.graph_copy(gm.graph, {}))
-    results = fuse(gm.graph, values_of(gm.graph, inputs))
+    results = fuse(gm.graph, values_of(gm.graph, inputs), trace)
     gm.recompile()
     index = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     equal = tuple((index[a], index[b]) for result in results for a, b in result.equal)

@@ -216,3 +216,22 @@ def test_bad_debug_dir(bad):
     options = {"inner_backend": "eager", "debug_dir": bad}
     with torch.no_grad(), pytest.raises(Exception, match="ConfigError: debug_dir must be a path"):
         torch.compile(Residual(), backend="ss1", options=options)(torch.randn(2, D))
+
+
+def test_every_fusion_pass_is_traced(tmp_path):
+    options = {"inner_backend": "eager", "reduction": 1, "debug_dir": tmp_path, "fuse": True}
+    model, x = Residual().eval(), torch.randn(2, D)
+    with torch.no_grad():
+        fast = torch.compile(model, backend="ss1", options=options)(x)
+        torch.testing.assert_close(fast, model(x))
+    folder = tmp_path / "graph_000"
+    assert names(folder)[5:] == [
+        "share_sketches",
+        "fuse_activations",
+        "fuse_epilogues",
+        "fuse_norms",
+        "eager",
+    ]
+    rows = {row["name"]: row for row in json.loads((folder / "passes.json").read_text())}
+    assert rows["fuse_activations"]["did"] == {"relu": 1}
+    assert "activation_sketch" in (folder / rows["fuse_activations"]["after"]).read_text()
