@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export._tree_utils import reorder_kwargs
+from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ss1_compile.errors import MissingPackageError, TensorRTError
@@ -80,8 +81,8 @@ def export_tensorrt(
 
     Raises:
         MissingPackageError: Torch-TensorRT is not installed.
-        TensorRTError: it does not load, a dynamic dimension has no upper bound, or TensorRT cannot
-            build the engine.
+        TensorRTError: it does not load, an input is no tensor, a dynamic dimension has no upper
+            bound, or TensorRT cannot build the engine.
     """
     torch_tensorrt = _torch_tensorrt("ss1_compile.tensorrt.export_tensorrt")
     register()
@@ -144,17 +145,22 @@ def _inputs(
     in_spec = program.call_spec.in_spec
     ordered = reorder_kwargs(dict(kwargs), in_spec) if in_spec is not None else dict(kwargs)
     leaves, spec = tree_flatten((tuple(args), ordered))
-    names = program.graph_signature.user_inputs
+    specs = program.graph_signature.input_specs
+    names = [spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT]
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     if len(leaves) != len(names):
         raise TensorRTError(
-            f"the program takes {len(names)} inputs ({', '.join(map(str, names))}), got "
+            f"the program takes {len(names)} inputs ({', '.join(names)}), got "
             f"{len(leaves)}; pass args and kwargs as for torch.export.export"
         )
+    for name, leaf in zip(names, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TensorRTError(
+                f"the input {name} is no tensor but {leaf!r}, and an engine takes tensors only: "
+                f"wrap the model in a module that fixes it"
+            )
     given = [
-        _input(torch_tensorrt, str(name), nodes[name].meta["val"], leaf, program)
-        if isinstance(leaf, Tensor)
-        else leaf
+        _input(torch_tensorrt, name, nodes[name].meta["val"], leaf, program)
         for name, leaf in zip(names, leaves, strict=True)
     ]
     result: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(given, spec)

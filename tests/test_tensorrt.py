@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import ss1_compile.tensorrt as ss1_tensorrt
-from ss1_compile.errors import MissingPackageError, SS1Error, TensorRTError
+from ss1_compile.errors import MissingPackageError, TensorRTError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_importing_it_imports_nothing_of_tensorrt():
@@ -39,9 +44,7 @@ def test_without_the_package_the_message_names_both_extras(monkeypatch, tmp_path
 
     with pytest.raises(Exception, match=r"ss1-compile\[tensorrt\]") as caught:
         run()
-    error = caught.value
-    while error is not None and not isinstance(error, SS1Error):  # Dynamo wraps it
-        error = error.__cause__
+    error = getattr(caught.value, "inner_exception", caught.value)  # Dynamo wraps it
     assert isinstance(error, MissingPackageError)
     assert "ss1-compile[tensorrt-rtx]" in str(error)
     assert "not both" in str(error)
@@ -64,3 +67,20 @@ def test_a_library_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", halt)
     with pytest.raises(TensorRTError, match=r"is installed, but libnvinfer\.so\.10"):
         ss1_tensorrt.register()
+
+
+def test_the_page_holds_the_sizes_that_were_measured():
+    script = ROOT / "benchmarks" / "tensorrt_forms.py"
+    spec = importlib.util.spec_from_file_location("tensorrt_forms", script)
+    forms = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(forms)
+    page = forms.PAGE.read_text()
+    assert forms.rendered(page) == page
+    sizes = {(r["layers"], r["n"], r["form"]): r["engine_bytes"] for r in measured(forms)}
+    for layers, n, form in sizes:
+        if form in ("dense", "matrix", "slices"):  # the form that is used is the smallest
+            assert sizes[layers, n, "gather"] < sizes[layers, n, form]
+
+
+def measured(forms):
+    return json.loads(forms.RESULT.read_text())["rows"]
