@@ -411,7 +411,8 @@ def compile(
         mode: see ``torch.compile``.
         dynamic: see ``torch.compile``.
         fullgraph: see ``torch.compile``.
-        report: receives the rows of the compression report.
+        report: receives the rows of the compression report; once the model has run, they say what
+            was fused around each layer.
 
     Returns:
         The compiled module. It shares its parameters with ``model``.
@@ -428,6 +429,8 @@ def compile(
     options: dict[str, Any] = {"include": (), "allow_empty": True}
     if mode is not None:
         options["mode"] = mode
+    if report is not None:
+        options["report"] = report
     compiled = torch.compile(
         model, backend="ss1", dynamic=dynamic, fullgraph=fullgraph, options=options
     )

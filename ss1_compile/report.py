@@ -100,9 +100,14 @@ class Report:
         """Add a row; one of the same name, operation and shape (a recompilation) is replaced.
 
         After a graph break names are relative to the module whose call was compiled, so that layers
-        of different stages may have the same one.
+        of different stages may have the same one. A layer that the backend leaves dense keeps the
+        row that :func:`ss1_compile.compress` gave it.
         """
         for i, known in enumerate(self.layers):
+            if not layer.compressed and (known.name, known.shape) == (layer.name, layer.shape):
+                if known.op == layer.op:
+                    self.layers[i] = layer
+                return
             if (known.name, known.op, known.shape) == (layer.name, layer.op, layer.shape):
                 self.layers[i] = layer
                 return

@@ -89,6 +89,7 @@ def test_json(report):
         "reason": None,
         "lowering": None,
         "speedup": None,
+        "fused": [],
     }
     assert values["layers"][1]["shape"] is None
     assert "\n" not in report.to_json(indent=None)
@@ -203,3 +204,22 @@ def test_record_replaces_a_row_of_the_same_name_and_operation(report):
     assert report["a.up"].error == 0.5
     report.record(row("a.up", 0.5, op="aten.addmm"))
     assert len(report) == 5
+
+
+def test_fused_layers_say_so(report):
+    report.note_fused({"a.up": ("norm", "shared with down"), "elsewhere": ("residual",)})
+    assert report["a.up"].fused == ("norm", "shared with down")
+    assert "fused: norm, shared with down" in " ".join(str(report).split())
+    assert json.loads(report.to_json())["layers"][0]["fused"] == ["norm", "shared with down"]
+    assert "elsewhere" not in [row.name for row in report]
+
+
+def test_a_layer_that_the_backend_leaves_keeps_the_row_of_compress():
+    made = LayerReport("up", "Linear", (8, 8), 256, 64, reduction=4)
+    report = Report([made])
+    report.record(LayerReport("up", "linear", (8, 8), 256, 256, reason="not included"))
+    assert list(report) == [made]
+    report.record(LayerReport("up", "linear", (8, 4), 128, 128, reason="another layer"))
+    assert len(report) == 2
+    report.record(LayerReport("up", "linear", (8, 4), 128, 128, reason="another reason"))
+    assert [row.reason for row in report] == [None, "another reason"]
