@@ -33,6 +33,7 @@ def _triton() -> tuple[ModuleType, ModuleType, ModuleType, ModuleType] | None:
 
 @lru_cache
 def _device_name(device: torch.device) -> str:
+    """The name under which :mod:`.lowering` knows the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
@@ -48,9 +49,15 @@ def _aligned(code: Tensor, reduced_features: int) -> bool:
     return bool(block_k >= 8 and block_k & (block_k - 1) == 0)
 
 
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether Triton is there and has kernels for the dtype."""
+    return dtype in _DTYPES and _triton() is not None
+
+
 def _usable(x: Tensor, code: Tensor, reduced_features: int) -> bool:
+    """Whether the sketch kernels take ``x`` and ``code``; else the portable path is right."""
     fits = not is_rotation(code) or _aligned(code, reduced_features)
-    return x.dtype in _DTYPES and fits and _triton() is not None
+    return fits and has_kernels(x.dtype)
 
 
 def _sketch(x: Tensor, code: Tensor, reduced_features: int, pdl: bool = False) -> Tensor:
@@ -99,12 +106,34 @@ def describe(
         kind="rotation" if is_rotation(code) else "learned",
         dtype=_DTYPES[z.dtype],
         bias=bias is not None,
-        tma=_has_tma(z.device)
+        tma=_suits_tma(z, width),
+    )
+
+
+def _suits_tma(z: Tensor, width: int) -> bool:
+    return (
+        _has_tma(z.device)
         and z.dtype != torch.float32
         and z.shape[1] % 8 == 0
         and z.stride(0) % 8 == 0
         and z.data_ptr() % 16 == 0
-        and width >= 32,
+        and width >= 32
+    )
+
+
+def describe_product(sketched: Tensor, z: Tensor, bias: Tensor | None) -> lowering.Layer:
+    """The key for :func:`.lowering.choose_product`: ``X̃ [J, M, K_c]`` and ``z [N, K_c]``."""
+    hashes, rows, reduced = sketched.shape
+    return lowering.Layer(
+        rows=rows,
+        in_features=reduced,
+        out_features=z.shape[0],
+        reduced_features=reduced,
+        hashes=hashes,
+        kind="learned" if hashes == 1 else "rotation",
+        dtype=_DTYPES[z.dtype],
+        bias=bias is not None,
+        tma=_suits_tma(z, block_n(z.shape[0], hashes)) and sketched.data_ptr() % 16 == 0,
     )
 
 
@@ -117,20 +146,23 @@ def expected(
     return lowering.expected(describe(rows, in_features, code, z, bias), _device_name(z.device))
 
 
-def library_matmul(sketched: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
+def library_matmul(
+    sketched: Tensor, z: Tensor, bias: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     """``y[:, block j] = X̃[j] @ z_jᵀ + b`` through the library, straight into y's columns.
 
     ``[J, M, K_c] × [N, K_c] → [M, N]``. J = 1 is one ``linear``; else one ``bmm`` over the whole
     blocks and an ``mm`` for a shorter last one. The bias of J > 1 is a second pass over y.
+    ``out`` may be a slice of columns.
     """
     hashes, rows, reduced = sketched.shape
     out_features = z.shape[0]
-    if hashes == 1:
+    if hashes == 1 and out is None:
         return F.linear(sketched[0], z, bias)
     width = block_n(out_features, hashes)
     whole = out_features // width
     columns = whole * width
-    y = sketched.new_empty(rows, out_features)
+    y = sketched.new_empty(rows, out_features) if out is None else out
     blocks = z[:columns].view(whole, width, reduced).transpose(1, 2)
     torch.bmm(sketched[:whole], blocks, out=y[:, :columns].view(rows, whole, width).transpose(0, 1))
     if columns < out_features:

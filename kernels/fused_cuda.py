@@ -1,7 +1,159 @@
-"""CUDA implementation of the fused operators; see :mod:`ss1_compile.kernels.fused`."""
+"""CUDA implementation of the fused operators; see :mod:`ss1_compile.kernels.fused`.
+
+Importing this module needs neither a GPU nor Triton. Where no kernel applies (float64, rotations
+of no power of two, no Triton) the operators are composed of PyTorch functions.
+"""
 
 from __future__ import annotations
 
-from ss1_compile.kernels.fused_portable import activation_sketch, matmul, norm_sketch
+from collections.abc import Sequence
 
-__all__ = ["activation_sketch", "matmul", "norm_sketch"]
+import torch
+from torch import Tensor
+
+from ss1_compile.kernels import cuda, fused_portable, lowering
+from ss1_compile.kernels.layout import is_rotation
+
+
+def norm_sketch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sketch: Tensor,
+    reduced_features: int,
+    eps: float,
+    rms: bool,
+    keep_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(X̃ of the norm, x + residual, the norm)``; see :mod:`.triton_norm`."""
+    operands = (x, residual, weight, bias, sketch, reduced_features, eps, rms, keep_norm)
+    if not x.shape[0] or not cuda._usable(x, sketch, reduced_features):
+        return fused_portable.norm_sketch(*operands)
+    from ss1_compile.kernels import triton_norm
+
+    if x.shape[1] > triton_norm.MAX_FEATURES:
+        return fused_portable.norm_sketch(*operands)
+    with torch.cuda.device_of(x):
+        return triton_norm.norm_sketch(*operands)
+
+
+def activation_sketch(
+    x: Tensor, gate: Tensor | None, sketch: Tensor, reduced_features: int, activation: str
+) -> Tensor:
+    """``X̃`` of ``act(x)``, or of ``act(gate)·x``; see :mod:`.triton_activation`."""
+    if not cuda._usable(x, sketch, reduced_features):
+        return fused_portable.activation_sketch(x, gate, sketch, reduced_features, activation)
+    if activation == "gelu" and gate is None and not is_rotation(sketch):
+        # 16384 x 4096: 180 µs fused and 138 apart. The block product has no time to spare for it.
+        return fused_portable.activation_sketch(x, gate, sketch, reduced_features, activation)
+    from ss1_compile.kernels import triton_activation
+
+    with torch.cuda.device_of(x):
+        return triton_activation.activation_sketch(x, gate, sketch, reduced_features, activation)
+
+
+def _adjacent(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The parts as one tensor, where each begins in memory where the one before it ends."""
+    first = parts[0]
+    if first is None:
+        return None
+    at = first.data_ptr()
+    for part in parts:
+        if part is None or not part.is_contiguous() or part.data_ptr() != at:
+            return None
+        at += part.numel() * part.element_size()
+    total = sum(part.shape[0] for part in parts if part is not None)
+    if first.storage_offset() * first.element_size() + at - first.data_ptr() > (
+        first.untyped_storage().nbytes()
+    ):
+        return None  # neighbours by chance, in storages of their own
+    return first.as_strided((total, *first.shape[1:]), first.stride())
+
+
+def _library_product(
+    sketched: Tensor,
+    z: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out: Tensor,
+) -> None:
+    """The library's product, then one kernel for what it has no epilogue for."""
+    hashes = sketched.shape[0]
+    plain = activation == "none" and residual is None
+    if hashes == 1:
+        whole = out.is_contiguous()
+        if bias is not None and whole:
+            torch.addmm(bias, sketched[0], z.t(), out=out)
+            bias = None
+        else:
+            torch.mm(sketched[0], z.t(), out=out)
+    else:
+        cuda.library_matmul(sketched, z, None, out)
+    if plain:
+        if bias is not None:
+            out.add_(bias)
+        return
+    from ss1_compile.kernels import triton_epilogue
+
+    triton_epilogue.finish(out, bias, residual, activation)
+
+
+def _product(
+    sketched: Tensor,
+    z: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out: Tensor,
+) -> None:
+    """``act(X̃ zᵀ + b) + residual`` of one z, into ``out [M, N]``, a column slice of y."""
+    from ss1_compile.kernels import triton_decode, triton_gemm
+
+    if z.stride(1) != 1:
+        z = z.contiguous()
+    layer = cuda.describe_product(sketched, z, bias)
+    # what the library leaves to a second kernel: y is read and written, and a residual read
+    passes = 0.0
+    strided = sketched.shape[0] > 1 or not out.is_contiguous()
+    if activation != "none" or residual is not None or (bias is not None and strided):
+        passes = 2.0 + (residual is not None)
+    chosen = lowering.choose_product(layer, passes, cuda._device_name(z.device))
+    if chosen == "stream":
+        triton_decode.stream(sketched, z, bias, activation=activation, residual=residual, out=out)
+    elif chosen == "triton":
+        triton_gemm.grouped_matmul(
+            sketched, z, bias, activation=activation, residual=residual, out=out
+        )
+    else:
+        _library_product(sketched, z, bias, residual, activation, out)
+
+
+def matmul(
+    sketched: Tensor,
+    z: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """``act(X̃ zᵀ + b) + residual``; linears whose z lie side by side run as one (J = 1)."""
+    if not sketched.shape[1] or not cuda.has_kernels(sketched.dtype):
+        return fused_portable.matmul(sketched, z, bias, residual, activation)
+    sketched = sketched.contiguous()
+    if residual is not None and residual.stride(1) != 1:
+        residual = residual.contiguous()
+    if sketched.shape[0] == 1 and len(z) > 1:
+        together = _adjacent(z)
+        start = _adjacent(bias)
+        if together is not None and (start is not None or all(b is None for b in bias)):
+            z, bias = [together], [start]
+    y = sketched.new_empty(sketched.shape[1], sum(part.shape[0] for part in z))
+    with torch.cuda.device_of(sketched):
+        first = 0
+        for part, start in zip(z, bias, strict=True):
+            columns = slice(first, first + part.shape[0])
+            first += part.shape[0]
+            added = None if residual is None else residual[:, columns]
+            _product(sketched, part, start, added, activation, y[:, columns])
+    return y

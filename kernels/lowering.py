@@ -204,6 +204,48 @@ def cost(layer: Layer, lowering: str, device: Profile) -> float:
     return sketching + product
 
 
+@lru_cache(maxsize=4096)
+def choose_product(layer: Layer, passes: float, device_name: str) -> str:
+    """The lowering of a product ``X̃ zᵀ`` whose sketch is there already.
+
+    Args:
+        layer: its sizes; the kind of sketch and K are not looked at.
+        passes: how often M·N values are read or written by what the library's product leaves to
+            a further kernel: activation, residual, and for J > 1 the bias.
+        device_name: as ``torch.cuda.get_device_name`` gives it.
+
+    Returns:
+        ``"stream"`` for few rows, else ``"triton"`` or ``"library"``. With the table's row for
+        these sizes the two differ by what they differ there, sketch included.
+    """
+    if layer.rows <= FEW_ROWS:
+        return "stream"
+    if not layer.tma:
+        return "library"
+    device = profile(device_name)
+    plain = replace(layer, bias=layer.bias and passes == 0)
+    difference = _measured_difference(plain, device_name)
+    if difference is None:
+        difference = cost(plain, "triton", device) - cost(plain, "library", device)
+    output = layer.rows * layer.out_features * _width(layer.dtype)
+    further = passes * output / device.copy_tb_s / 1e6 + (_launch(layer) - 1.0 if passes else 0.0)
+    return "triton" if difference < further else "library"
+
+
+def _measured_difference(layer: Layer, device_name: str) -> float | None:
+    """Microseconds of ``triton`` over ``library`` in the table, whatever the sketch's kind."""
+    dtype = "float32" if layer.dtype == "float32" else "bfloat16"
+    bias = "+bias" if layer.bias else ""
+    end = f"->{layer.out_features} Kc={layer.reduced_features} J={layer.hashes}{bias}"
+    for key, by_rows in profile(device_name).rows.items():
+        _, known_dtype, sizes = key.split(" ", 2)
+        if known_dtype == dtype and sizes.endswith(end):
+            row = by_rows.get(bucket(layer.rows), {})
+            if "triton" in row and "library" in row:
+                return row["triton"] - row["library"]
+    return None
+
+
 def expected(layer: Layer, device_name: str) -> Choice:
     """The best lowering and whether it beats the dense layer; see :class:`Choice`."""
     return _expected(layer, device_name, bucket(layer.rows))

@@ -53,6 +53,7 @@ def _block_kernel(
     TRIGGER: tl.constexpr,
     MASK_IN: tl.constexpr,
     MASK_OUT: tl.constexpr,
+    PREPARE: tl.constexpr,
     PROLOGUE: tl.constexpr,
 ):
     """BM rows x BQ outputs of STEPS groups: the sum over NI planes and CHUNKS pieces of P."""
@@ -84,7 +85,11 @@ def _block_kernel(
                 x + tl.cast(i, tl.int64) * s_ip + rm * s_im + col[None, :], mask=mask, other=0.0
             )
             if PROLOGUE is not None:
-                v = tl.where(mask, PROLOGUE(v, col[None, :], aux), 0.0).to(x.dtype.element_ty)
+                ready = None
+                if PREPARE is not None:
+                    ready = PREPARE(col[None, :], aux)
+                v = PROLOGUE(v, row0 + rm, col[None, :], mask, aux, ready)
+                v = tl.where(mask, v, 0.0).to(x.dtype.element_ty)
             at = rq[None, :] * P + rp[:, None] if TRANSPOSED else rp[:, None] * Q + rq[None, :]
             s = tl.load(
                 blocks + o * bs_o + i * bs_i + g * (P * Q) + at,
@@ -117,11 +122,12 @@ def _launch(
     masks: tuple[bool, bool],
     transposed: bool,
     prologue: Any,
-    aux: Tensor | None,
+    aux: Any,
     pdl: bool,
 ) -> None:
     """``sizes``: P, Q, K_in, K_out; ``counts``: output and input planes."""
     p, q, columns_in, columns_out = sizes
+    prepare, prologue = prologue if isinstance(prologue, tuple) else (None, prologue)
     groups = blocks.shape[1]
     pow2 = triton.next_power_of_2
     wide = x.dtype == torch.float32
@@ -151,6 +157,7 @@ def _launch(
         TRIGGER=pdl,
         MASK_IN=masks[0],
         MASK_OUT=masks[1],
+        PREPARE=prepare,
         PROLOGUE=prologue,
         num_warps=4,
     )
@@ -161,7 +168,7 @@ def sketch(
     blocks: Tensor,
     *,
     prologue: Any = None,
-    aux: Tensor | None = None,
+    aux: Any = None,
     pdl: bool = False,
 ) -> Tensor:
     """``X̃ [J, M, G·r]`` of ``x [M, K]`` for learned blocks ``[J, G, gsize, r]`` of x's dtype.

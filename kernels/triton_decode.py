@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ss1_compile.kernels.triton_gemm import ACTIVATIONS
+
 
 @triton.jit
 def _gemv_kernel(
@@ -72,9 +74,9 @@ def _gemv_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _stream_kernel(
-    xs, z, bias, y, partial, M, N, B_N, K_c, K_SPLIT, s_xj, s_xm, s_zn, s_pm,
+    xs, z, bias, residual, y, partial, M, N, B_N, K_c, K_SPLIT, s_xj, s_xm, s_zn, s_rm, s_ym, s_pm,
     BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """BN rows of z, one K split, against all rows of the sketch."""
     tiles = tl.cdiv(B_N, BN)
@@ -119,7 +121,12 @@ def _stream_kernel(
     if SPLIT == 1:
         if bias is not None:
             acc += tl.load(bias + rn, mask=live, other=0.0).to(tl.float32)[:, None]
-        tl.store(y + rm[None, :] * N + rn[:, None], acc.to(y.dtype.element_ty), mask=keep)
+        if ACT is not None:
+            acc = ACT(acc)
+        if residual is not None:
+            at = rm[None, :] * s_rm + rn[:, None]
+            acc += tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
+        tl.store(y + rm[None, :] * s_ym + rn[:, None], acc.to(y.dtype.element_ty), mask=keep)
     else:
         at = split * s_pm + rm[None, :] * N + rn[:, None]
         tl.store(partial + at, acc, mask=keep)
@@ -127,9 +134,10 @@ def _stream_kernel(
 
 @triton.jit(do_not_specialize=["TOTAL"])
 def _reduce_kernel(
-    partial, bias, y, TOTAL, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
-    """Add the K splits in order, then the bias."""
+    partial, bias, residual, y, TOTAL, N, s_rm, s_ym,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """Add the K splits in order, then the bias; activation and residual."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < TOTAL
     if PDL:
@@ -139,7 +147,12 @@ def _reduce_kernel(
         acc += tl.load(partial + split * TOTAL + i, mask=inside, other=0.0)
     if bias is not None:
         acc += tl.load(bias + i % N, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + i, acc.to(y.dtype.element_ty), mask=inside)
+    if ACT is not None:
+        acc = ACT(acc)
+    if residual is not None:
+        at = i // N * s_rm + i % N
+        acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + i // N * s_ym + i % N, acc.to(y.dtype.element_ty), mask=inside)
 
 
 @lru_cache
@@ -197,17 +210,24 @@ def stream(
     z: Tensor,
     bias: Tensor | None,
     *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
     tile: tuple[int, int, int] | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
-    """``y [M, N]`` of the sketch ``[J, M, K_c]``, M <= 64; z ``[N, K_c]`` is read once."""
+    """``act(X̃ zᵀ + b) + residual``, ``[M, N]`` of the sketch ``[J, M, K_c]``, M <= 64.
+
+    z ``[N, K_c]`` is read once. ``activation``, ``residual`` and ``out`` as in
+    :func:`ss1_compile.kernels.triton_gemm.grouped_matmul`.
+    """
     hashes, rows, reduced = sketched.shape
     out_features = z.shape[0]
     block_n = -(-out_features // hashes)
     width, split, stages = tile or default_tile(rows, out_features, hashes, reduced)
     if sketched.dtype == torch.float32:
         width, stages = 32, 3
-    y = sketched.new_empty(rows, out_features)
+    y = sketched.new_empty(rows, out_features) if out is None else out
     partial = y
     if split > 1:
         partial = sketched.new_empty(split, rows, out_features, dtype=torch.float32)
@@ -215,10 +235,12 @@ def stream(
         pdl = dependent_launch(sketched.device)
     chained: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     k_split = triton.cdiv(triton.cdiv(reduced, split), width) * width
+    s_rm = 0 if residual is None else residual.stride(0)
     _stream_kernel[(hashes * triton.cdiv(block_n, 64), split)](
-        *(sketched, z, bias if split == 1 else None, y, partial),
+        *(sketched, z, bias if split == 1 else None, residual if split == 1 else None, y, partial),
         *(rows, out_features, block_n, reduced, k_split),
-        *(sketched.stride(0), sketched.stride(1), z.stride(0), rows * out_features),
+        *(sketched.stride(0), sketched.stride(1), z.stride(0), s_rm, y.stride(0)),
+        rows * out_features,
         BM=max(8, triton.next_power_of_2(rows)),
         BN=64,
         W=width,
@@ -226,16 +248,18 @@ def stream(
         STAGES=stages,
         PDL=pdl,
         PREFETCH=2 if width >= 64 and starts_early(reduced) else 0,
+        ACT=ACTIVATIONS[activation],
         num_warps=4,
         **chained,
     )
     if split > 1:
         total = rows * out_features
         _reduce_kernel[(triton.cdiv(total, 256),)](
-            *(partial, bias, y, total, out_features),
+            *(partial, bias, residual, y, total, out_features, s_rm, y.stride(0)),
             SPLIT=split,
             BLOCK=256,
             PDL=pdl,
+            ACT=ACTIVATIONS[activation],
             num_warps=2,
             **chained,
         )

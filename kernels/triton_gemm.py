@@ -29,7 +29,18 @@ def _relu(v):
 
 @triton.jit
 def _gelu(v):
-    return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    """``v·Φ(v)`` by Abramowitz & Stegun 26.2.19: within 1e-6 of the exact value.
+
+    ``tl.erf`` branches on every element, which tripled the time of a sketch with gelu in front.
+    """
+    a = tl.abs(v)
+    p = 0.0000380036 + a * (0.0000488906 + a * 0.0000053830)
+    p = 1.0 + a * (0.0498673470 + a * (0.0211410061 + a * (0.0032776263 + a * p)))
+    p = p * p
+    p = p * p
+    p = p * p
+    tail = 0.5 / (p * p)
+    return v * tl.where(v < 0.0, tail, 1.0 - tail)
 
 
 @triton.jit

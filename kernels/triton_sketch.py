@@ -19,8 +19,12 @@ the rotation change. There are two kernels:
 Mind the order of a tile's dimensions. Triton lays the lanes of a warp along the most contiguous
 dimension, and of equals along the *first*: as ``[rows, vectors, 8]`` they walk rows, which cost a
 third of the bandwidth. Hence ``[rows, columns]`` with an explicit hint that runs of 8 columns are
-contiguous in one kernel, ``[vectors, rows, 8]`` in the other. A *prologue* maps loaded values, for
-a producer fused into the sketch; its columns broadcast against the values.
+contiguous in one kernel, ``[vectors, rows, 8]`` in the other.
+
+A *prologue* maps loaded values, for a producer fused into the sketch: a ``@triton.jit`` function
+``(values, rows, columns, mask, aux, ready) -> values``. ``values`` have x's dtype, ``rows`` and
+``columns`` index x and broadcast against them, and what it returns outside ``mask`` is ignored.
+As a pair of functions the first, ``(columns, aux) -> ready``, runs once for all row tiles.
 """
 
 # Kernel parameters are Triton values; an annotation would be a cast.
@@ -75,6 +79,7 @@ def _permute_kernel(
     MASK_IN: tl.constexpr,
     MASK_OUT: tl.constexpr,
     TRIGGER: tl.constexpr,
+    PREPARE: tl.constexpr,
     PROLOGUE: tl.constexpr,
 ):
     """``STEPS`` row tiles of GB supergroups: NI input planes to OB of the NO output planes."""
@@ -127,6 +132,9 @@ def _permute_kernel(
     icol = tl.max_contiguous(tl.multiple_of(icol, 8), 8)
     ocol = tl.max_contiguous(tl.multiple_of(ocol, 8), 8)
 
+    ready = None
+    if PREPARE is not None:
+        ready = PREPARE(icol[None, :], aux)
     rm = tl.arange(0, BM)
     for step in tl.range(first, first + STEPS, num_stages=STAGES):
         row0 = tl.cast(step, tl.int64) * BM
@@ -134,7 +142,8 @@ def _permute_kernel(
         mask = rows[:, None] & mask_in[None, :]
         v = tl.load(x + row0 * s_im + rm[:, None] * s_im + icol[None, :], mask=mask, other=0.0)
         if PROLOGUE is not None:
-            v = tl.where(mask, PROLOGUE(v, icol[None, :], aux), 0.0).to(x.dtype.element_ty)
+            v = PROLOGUE(v, row0 + rm[:, None], icol[None, :], mask, aux, ready)
+            v = tl.where(mask, v, 0.0).to(x.dtype.element_ty)
         a = tl.reshape(tl.permute(tl.reshape(v, (BM, U, 8)), (0, 2, 1)), (BM * 8, U))
         y = tl.dot(a, matrix).to(out.dtype.element_ty)
         y = tl.reshape(tl.permute(tl.reshape(y, (BM, 8, V)), (0, 2, 1)), (BM, V * 8))
@@ -147,8 +156,9 @@ def _permute_kernel(
 
 @triton.jit
 def _gather_plane(
-    x, code, aux, o, i, g, u, rm, rows, G, K_in, s_im, s_ip, s_ig, cs_o, cs_i, cs_g,
-    BK: tl.constexpr, INVERSE: tl.constexpr, MASK_IN: tl.constexpr, PROLOGUE: tl.constexpr,
+    x, code, aux, o, i, g, u, row0, rm, rows, G, K_in, s_im, s_ip, s_ig, cs_o, cs_i, cs_g,
+    BK: tl.constexpr, INVERSE: tl.constexpr, MASK_IN: tl.constexpr,
+    PREPARE: tl.constexpr, PROLOGUE: tl.constexpr,
 ):  # fmt: skip
     """The rotated, signed piece of input plane i that belongs to output plane o, in float32."""
     h = tl.load(code + o * cs_o + i * cs_i + g * cs_g, mask=g < G, other=0)
@@ -162,7 +172,10 @@ def _gather_plane(
         mask = mask & (col < K_in)
     v = tl.load(x + rm * s_im + col, mask=mask, other=0.0)
     if PROLOGUE is not None:
-        v = tl.where(mask, PROLOGUE(v, col, aux), 0.0)
+        ready = None
+        if PREPARE is not None:
+            ready = PREPARE(col, aux)
+        v = tl.where(mask, PROLOGUE(v, row0 + rm, col, mask, aux, ready), 0.0)
     return v.to(tl.float32) * sign[:, None, None]
 
 
@@ -195,6 +208,7 @@ def _gather_kernel(
     MASK_OUT: tl.constexpr,
     SPLIT_OUT: tl.constexpr,
     TRIGGER: tl.constexpr,
+    PREPARE: tl.constexpr,
     PROLOGUE: tl.constexpr,
 ):
     """BM rows of GB supergroups; all output planes, or one of them with SPLIT_OUT."""
@@ -223,14 +237,14 @@ def _gather_kernel(
         if NI <= 16:
             for i in tl.static_range(NI):
                 acc += _gather_plane(
-                    x, code, aux, o, i, g, u, rm, rows, G, K_in, s_im, s_ip, s_ig,
-                    cs_o, cs_i, cs_g, BK, INVERSE, MASK_IN, PROLOGUE,
+                    x, code, aux, o, i, g, u, row0, rm, rows, G, K_in, s_im, s_ip, s_ig,
+                    cs_o, cs_i, cs_g, BK, INVERSE, MASK_IN, PREPARE, PROLOGUE,
                 )  # fmt: skip
         else:
             for i in range(NI):
                 acc += _gather_plane(
-                    x, code, aux, o, i, g, u, rm, rows, G, K_in, s_im, s_ip, s_ig,
-                    cs_o, cs_i, cs_g, BK, INVERSE, MASK_IN, PROLOGUE,
+                    x, code, aux, o, i, g, u, row0, rm, rows, G, K_in, s_im, s_ip, s_ig,
+                    cs_o, cs_i, cs_g, BK, INVERSE, MASK_IN, PREPARE, PROLOGUE,
                 )  # fmt: skip
         ocol = (tl.cast(o, tl.int64) * s_op + g * s_og + u * 8)[:, None, None]
         ocol = ocol + tl.arange(0, 8)[None, None, :]
@@ -252,11 +266,12 @@ def _launch(
     limits: tuple[int | None, int | None],
     row_strides: tuple[int, int],
     prologue: Any,
-    aux: Tensor | None,
+    aux: Any,
     pdl: bool,
 ) -> None:
     """Choose kernel and tile. ``planes_*``: (count, plane stride, supergroup stride)."""
     groups = code.shape[1]
+    prepare, prologue = prologue if isinstance(prologue, tuple) else (None, prologue)
     (count_in, plane_in, group_in), (count_out, plane_out, group_out) = planes_in, planes_out
     pow2 = triton.next_power_of_2
     inverse = limits[1] is not None
@@ -272,6 +287,7 @@ def _launch(
         "MASK_IN": limits[0] is not None and limits[0] != groups * group_in,
         "MASK_OUT": limits[1] is not None and limits[1] != groups * group_out,
         "TRIGGER": pdl,
+        "PREPARE": prepare,
         "PROLOGUE": prologue,
     }
     vectors = pow2(count_in) * block_k // 8
@@ -329,7 +345,7 @@ def sketch(
     reduced_features: int,
     *,
     prologue: Any = None,
-    aux: Tensor | None = None,
+    aux: Any = None,
     pdl: bool = False,
 ) -> Tensor:
     """``X̃ [J, M, K_c]`` of ``x [M, K]`` for the rotation code int32 ``[J, G, c]``.
@@ -338,9 +354,8 @@ def sketch(
         x: float16, bfloat16 or float32, any row stride; a column stride other than 1 is copied.
         code: packed signs and rotations, contiguous.
         reduced_features: ``K_c = G·B_K``; ``K`` may be ragged (``K <= c·K_c``).
-        prologue: a ``@triton.jit`` function ``(values, columns, aux) -> values`` applied to loaded
-            values, or None.
-        aux: a tensor for the prologue, such as a bias ``[K]``.
+        prologue: a producer to apply to loaded values (see the module), or None.
+        aux: a tensor, or a tuple of tensors, numbers and None, for the prologue.
         pdl: let a kernel launched with programmatic dependent launch start early (sm_90).
     """
     hashes, groups, reduction = code.shape

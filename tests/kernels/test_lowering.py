@@ -149,3 +149,23 @@ def test_times_cover_every_candidate():
         times = tune.times(replace(layer, rows=rows))
         assert set(times) == {"dense", *replace(layer, rows=rows).candidates()}
         assert all(us > 0 for us in times.values())
+
+
+H200 = "NVIDIA H200"
+
+
+def product(rows, reduced, out_features, hashes, **changes):
+    sizes = {"in_features": reduced, "reduced_features": reduced, "out_features": out_features}
+    kind = "learned" if hashes == 1 else "rotation"
+    return lowering.Layer(rows=rows, hashes=hashes, kind=kind, **sizes, **changes)
+
+
+def test_a_product_goes_to_triton_for_its_epilogue_and_streams_few_rows():
+    plain = product(16384, 256, 4096, 4)
+    assert lowering.choose_product(plain, 0.0, H200) == "library"
+    assert lowering.choose_product(plain, 3.0, H200) == "triton"
+    assert lowering.choose_product(replace(plain, tma=False), 3.0, H200) == "library"
+    for rows in (1, lowering.FEW_ROWS):
+        assert lowering.choose_product(replace(plain, rows=rows), 0.0, H200) == "stream"
+    # no table: the cost model
+    assert lowering.choose_product(plain, 3.0, "a GPU never seen") == "triton"

@@ -10,7 +10,7 @@ tl = pytest.importorskip("triton.language")
 
 
 @triton.jit
-def bias_relu(v, columns, bias):
+def bias_relu(v, rows, columns, mask, bias, ready):
     return tl.maximum(v + tl.load(bias + columns), 0.0)
 
 

@@ -1,0 +1,147 @@
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from triton_support import DTYPES, ON_GPU, assert_close, randn, random_code
+
+from ss1_compile.kernels import (  # isort: skip
+    fused_cuda,
+    fused_portable,
+    portable,
+    triton_activation,
+    triton_gemm,
+    triton_norm,
+)
+
+WAYS = (triton_norm.statistics_first, triton_norm.rows_first, triton_norm.one_kernel)
+
+
+def make_sketch(kind, features, hashes, c, block_k, dtype):
+    groups = -(-features // (c * block_k))
+    if kind == "rotation":
+        return random_code(hashes, groups, c, block_k), groups * block_k
+    return randn(hashes, groups, c * block_k, block_k, dtype=dtype), groups * block_k
+
+
+def norm_reference(s, weight, bias, eps, rms):
+    s = s.double()
+    s = s if rms else s - s.mean(-1, keepdim=True)
+    n = s / torch.sqrt((s * s).mean(-1, keepdim=True) + eps)
+    n = n if weight is None else n * weight.double()
+    return n if bias is None else n + bias.double()
+
+
+def sketch_reference(x, code, reduced):
+    return portable.sketch(x, code if code.dtype == torch.int32 else code.double(), reduced)
+
+
+# rows, K, c, J, B_K: ragged K, K not a multiple of 8, few and many supergroups and hashes
+SHAPES = [(3, 100, 3, 2, 16), (9, 256, 4, 4, 32), (17, 130, 2, 3, 8), (1, 64, 1, 1, 64)]
+if ON_GPU:
+    SHAPES += [(37, 768, 4, 4, 64), (1, 1024, 4, 4, 64), (1037, 4096, 4, 4, 128)]
+    SHAPES += [(129, 4096, 8, 8, 64), (333, 14336, 4, 1, 32), (16384, 1024, 4, 1, 32)]
+
+
+@pytest.mark.parametrize("kind", ["rotation", "learned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "features", "c", "hashes", "block_k"), SHAPES)
+def test_norm_sketch(rows, features, c, hashes, block_k, dtype, kind):
+    code, reduced = make_sketch(kind, features, hashes, c, block_k, dtype)
+    # far from zero mean, with an outlier: the variance must not be taken as a difference
+    x = randn(rows, features, dtype=dtype) + 30
+    x[:, 0] += 500
+    residual, weight, bias = (
+        randn(*shape, dtype=dtype) for shape in ((rows, features), (features,), (features,))
+    )
+    ways = WAYS if triton_norm._suits_one_kernel(x, code, reduced) else WAYS[:2]
+    for rms, full in ((False, True), (True, False)):
+        r, w, b = (residual, weight, bias) if full else (None, None, None)
+        s = x if r is None else x + r
+        expected = norm_reference(s, w, b, 1e-5, rms)
+        for way in ways:
+            out, summed, normed = way(x, r, w, b, code, reduced, 1e-5, rms, full)
+            assert out.is_contiguous()
+            assert_close(out, sketch_reference(expected, code, reduced), factor=3)
+            assert torch.equal(summed, s) if full else summed.shape == (0,)
+            if full:
+                assert_close(normed, expected, factor=2)
+            else:
+                assert normed.shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["rotation", "learned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [*triton_gemm.ACTIVATIONS])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_activation_sketch_of_slices_of_one_output(rows, activation, dtype, kind):
+    features = 120
+    code, reduced = make_sketch(kind, features, 2, 3, 16, dtype)
+    gate, x = randn(rows, 2 * features, dtype=dtype).split(features, dim=1)
+    for g in (None, gate):
+        actual = triton_activation.activation_sketch(x, g, code, reduced, activation)
+        expected = fused_portable.activate(
+            x.double(), None if g is None else g.double(), activation
+        )
+        assert_close(actual, sketch_reference(expected, code, reduced), factor=2)
+
+
+@settings(
+    max_examples=25 if ON_GPU else 5,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(
+    rows=st.integers(1, 40),
+    features=st.integers(1, 150),
+    c=st.integers(1, 9),
+    hashes=st.integers(1, 3),
+    block_k=st.sampled_from((8, 16, 32, 64)),
+    learned=st.booleans(),
+)
+def test_norm_sketch_of_any_shape(rows, features, c, hashes, block_k, learned):
+    kind = "learned" if learned else "rotation"
+    code, reduced = make_sketch(kind, features, hashes, c, block_k, torch.float16)
+    x = randn(rows, features, dtype=torch.float16)
+    # a row of one feature is its own mean: nothing is left but the rounding of 0
+    expected = norm_reference(x, None, None, 0.1, False)
+    for way in WAYS:
+        if way is not triton_norm.one_kernel or triton_norm._suits_one_kernel(x, code, reduced):
+            out = way(x, None, None, None, code, reduced, 0.1, False, False)[0]
+            assert_close(out, sketch_reference(expected, code, reduced), factor=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hashes", [1, 3])
+@pytest.mark.parametrize("rows", [1, 9, 70])
+def test_matmul(rows, hashes, dtype):
+    reduced = 40
+    sketched = randn(hashes, rows, reduced, dtype=dtype)
+    adjacent = randn(100, reduced, dtype=dtype).split([60, 40])
+    apart = [randn(60, reduced, dtype=dtype), randn(40, reduced, dtype=dtype).clone()]
+    starts = randn(100, dtype=dtype).split([60, 40])
+    residual = randn(rows, 100, dtype=dtype)
+    for z in (adjacent, apart, adjacent[:1]):
+        for bias in ([None] * len(z), [*starts[: len(z)]], [None, starts[1]][: len(z)]):
+            for r in (None, residual[:, : sum(part.shape[0] for part in z)]):
+                for activation in ("none", "gelu"):
+                    y = fused_cuda.matmul(sketched, z, bias, r, activation)
+                    assert y.is_contiguous()
+                    expected = fused_portable.matmul(
+                        sketched.double(),
+                        [part.double() for part in z],
+                        [None if start is None else start.double() for start in bias],
+                        None if r is None else r.double(),
+                        activation,
+                    )
+                    assert_close(y, expected, factor=2)
+
+
+def test_no_rows():
+    code, reduced = make_sketch("rotation", 100, 2, 3, 16, torch.float16)
+    x = randn(0, 100, dtype=torch.float16)
+    out, summed, normed = fused_cuda.norm_sketch(x, x, None, None, code, reduced, 1e-5, False, True)
+    assert (out.shape, summed.shape, normed.shape) == ((2, 0, reduced), (0, 100), (0, 100))
+    out = fused_cuda.activation_sketch(x, x, code, reduced, "silu")
+    assert out.shape == (2, 0, reduced)
+    y = fused_cuda.matmul(out, [randn(10, reduced, dtype=torch.float16)], [None], None, "none")
+    assert y.shape == (0, 10)
