@@ -109,6 +109,19 @@ def test_learned(rows, features, hashes, size, rank, quantized, dtype):
     assert_non_finite_rows(*sketches.learned(x, blocks, quantized), [2])
 
 
+@both_dtypes
+@pytest.mark.parametrize(("hashes", "rows", "reduced"), [(2, 3, 40), (1, 4100, 2050)])
+def test_rows_already_sketched(hashes, rows, reduced, quantized):
+    if not ON_GPU and rows > 4000:
+        pytest.skip("the interpreter takes minutes for this many programs")
+    sketched = randn(hashes, rows, reduced)
+    sketched[0, 1] = 0
+    q, scale = sketches.quantize_rows(sketched, quantized)
+    assert_quantized(q, scale, sketched.double())
+    sketched[:, 2, 3] = float("inf")
+    assert_non_finite_rows(*sketches.quantize_rows(sketched, quantized), [2])
+
+
 def quantized_layer(hashes, rows, reduced, out_features, quantized, groups=1):
     """Random quantised rows with their scales, and quantised z with its scales."""
     sketched = randn(hashes * rows, reduced)
