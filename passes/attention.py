@@ -45,6 +45,9 @@ def spell_out_attention(
         return None
     function = _FUNCTIONS[node.target]
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+    for i, leaf in enumerate(leaves):  # with dynamic=True even the number of heads is symbolic
+        if isinstance(example(leaf), torch.SymInt):
+            leaves[i] = int(example(leaf))
     inputs = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
     values = [example(node) for node in inputs]
     if not all(isinstance(value, Tensor) and not value.is_nested for value in values):

@@ -39,7 +39,9 @@ from ss1_compile.checkpoint import (
 )
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CheckpointError
+from ss1_compile.experts import SS1ExpertLinear
 from ss1_compile.modules import SS1Linear, put_layer
+from ss1_compile.stand_ins import stand_ins
 
 __all__ = ["SavedLayer", "SavedModel", "load", "read_config", "save"]
 
@@ -65,6 +67,12 @@ def save(model: nn.Module, directory: str | Path, *, config: SS1Config | None = 
         raise CheckpointError(
             f"{type(model).__name__} has no SS1 layers to save; compress it first "
             f"(ss1_compile.compress)"
+        )
+    experts = [name for name, module in modules.items() if isinstance(module, SS1ExpertLinear)]
+    if experts:
+        raise CheckpointError(
+            f"{experts[0]}: the file format has no place for the experts of one parameter; exclude "
+            f"them from the compression, or store model.state_dict() with torch.save"
         )
     tensors, aliases = _collect(modules)
     layers = {}
@@ -201,29 +209,31 @@ def load(
     saved = read_config(directory)
     path = Path(directory) / TENSORS_FILE
     tensors, aliases = read_tensors(path, saved.tensors_sha256)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    replaced: dict[int, SS1Linear] = {}
-    for name, layer in saved.layers.items():
-        old = modules.get(name)
-        if old is None:
-            raise CheckpointError(
-                f"{CONFIG_FILE}: the model has no layer {show(name)}; load into a model of the "
-                f"architecture that was saved"
-            )
-        _check_fits(name, layer, old)
-        keys = [f"{name}.{part}" if name else part for part in ("z", "bias", "sketch")]
-        parts = [tensors.get(aliases.get(key, key)) for key in keys]
-        structure = check_layer(str(path), name, layer, *parts)
-        if id(old) not in replaced:
-            new = SS1Linear(structure, layer.bias, device="meta")
-            replaced[id(old)] = new.train(old.training)
-    slots = _slots(modules, saved.layers, replaced)
-    _check_slots(path, slots, tensors, aliases)
-    values = _place(slots, tensors, aliases, None if device is None else torch.device(device))
-    _assign(slots, values)
-    for name in saved.layers:
-        if name:
-            put_layer(model, name, replaced[id(modules[name])])
+    with stand_ins(model, saved.layers) as inside:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        replaced: dict[int, SS1Linear] = {}
+        for name, layer in saved.layers.items():
+            old = modules.get(name)
+            if old is None:
+                raise CheckpointError(
+                    f"{CONFIG_FILE}: the model has no layer {show(name)}; load into a model of the "
+                    f"architecture that was saved"
+                )
+            _check_fits(name, layer, old)
+            keys = [f"{name}.{part}" if name else part for part in ("z", "bias", "sketch")]
+            parts = [tensors.get(aliases.get(key, key)) for key in keys]
+            structure = check_layer(str(path), name, layer, *parts)
+            if id(old) not in replaced:
+                new = SS1Linear(structure, layer.bias, device="meta")
+                replaced[id(old)] = new.train(old.training)
+        slots = _slots(modules, saved.layers, replaced)
+        _check_slots(path, slots, tensors, aliases)
+        values = _place(slots, tensors, aliases, None if device is None else torch.device(device))
+        _assign(slots, values)
+        for name in saved.layers:
+            if name:
+                put_layer(model, name, replaced[id(modules[name])])
+        inside.keep()
     return replaced.get(id(model), model)
 
 

@@ -7,7 +7,7 @@ Some modules multiply by their weights in one function, out of the reach of a re
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -51,15 +51,21 @@ class StandIns:
 
 
 @contextlib.contextmanager
-def stand_ins(model: nn.Module) -> Iterator[StandIns]:
+def stand_ins(model: nn.Module, layers: Iterable[str] | None = None) -> Iterator[StandIns]:
     """Put stand-ins into ``model``; on leaving, put back the originals of all that were not kept.
 
     A module is left alone where an equivalent might differ from it: if it has hooks, a subclass's
     forward, or a parameter that another module holds too; and the model itself.
+
+    Args:
+        model: changed in place.
+        layers: qualified names of layers; modules that are to hold none of them, as a stand-in's
+            children, are left alone too. ``None`` means all modules.
     """
+    parents = None if layers is None else {name.rpartition(".")[0] for name in layers}
     inside = StandIns([])
     try:
-        inside.members = _put(model)
+        inside.members = _put(model, parents)
         yield inside
     finally:
         for member in inside.members:
@@ -80,7 +86,7 @@ def stand_in_for(module: nn.Module) -> nn.Module | None:
     return SS1Experts(module) if is_experts(module) else None
 
 
-def _put(model: nn.Module) -> list[StandIn]:
+def _put(model: nn.Module, parents: set[str] | None) -> list[StandIn]:
     names: dict[nn.Module, list[str]] = {}
     owners: dict[int, set[int]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -90,7 +96,8 @@ def _put(model: nn.Module) -> list[StandIn]:
     members = []
     for module, paths in names.items():
         shared = any(len(owners[id(p)]) > 1 for p in module.parameters())
-        equivalent = None if shared or "" in paths else stand_in_for(module)
+        unused = parents is not None and parents.isdisjoint(paths)
+        equivalent = None if shared or unused or "" in paths else stand_in_for(module)
         if equivalent is not None:
             members.append(StandIn(tuple(paths), module, equivalent))
     for member in members:

@@ -11,7 +11,7 @@ from torch import nn
 import ss1_compile
 from ss1_compile import SS1Linear
 from ss1_compile.attention import SS1MultiheadAttention
-from ss1_compile.errors import CalibrationError, StructureError
+from ss1_compile.errors import CalibrationError, CheckpointError, StructureError
 
 QUIET = {"progress": False, "warn_error": 2.0}
 
@@ -235,3 +235,32 @@ def test_transformer_layers_use_it(norm_first):
         out = model(x, src_key_padding_mask=padding)
     assert sum(isinstance(m, SS1Linear) for m in model.modules()) == 12
     torch.testing.assert_close(out[~padding], expected[~padding], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_saves_and_loads(tmp_path, device):
+    torch.manual_seed(5)
+
+    def make():
+        model = nn.ModuleDict(
+            {"a": nn.MultiheadAttention(64, 4), "b": nn.MultiheadAttention(64, 4)}
+        )
+        return model.eval()
+
+    model, x = make(), torch.randn(5, 2, 64)
+    ss1_compile.compress(model, reduction=2, exclude=("b.*", "a.v_proj"), **QUIET)
+    ss1_compile.save(model, tmp_path)
+    with torch.device(device):
+        skeleton = make()
+    loaded = ss1_compile.load(skeleton, tmp_path)
+    assert isinstance(loaded["a"], SS1MultiheadAttention)
+    assert isinstance(loaded["b"], nn.MultiheadAttention)
+    assert isinstance(loaded["a"].v_proj, nn.Linear)
+    with torch.no_grad():
+        for name in ("a", "b"):
+            assert torch.equal(loaded[name](x, x, x)[0], model[name](x, x, x)[0])
+    other = nn.ModuleDict({"a": nn.MultiheadAttention(32, 4), "b": nn.MultiheadAttention(64, 4)})
+    before = other["a"]
+    with pytest.raises(CheckpointError):
+        ss1_compile.load(other, tmp_path)
+    assert other["a"] is before

@@ -9,6 +9,7 @@ from torch import nn
 
 import ss1_compile
 from ss1_compile import Report, SS1Structure
+from ss1_compile.errors import CheckpointError
 from ss1_compile.experts import SS1ExpertLinear, SS1Experts, is_experts, project_experts
 from ss1_compile.projection import project
 
@@ -203,3 +204,10 @@ def test_gathered_weights_are_reported():
     for _, report in both_doors(Gathered(), torch.randn(5, 64), reduction=2):
         (left,) = report.left
         assert "gathered" in left.reason
+
+
+def test_saving_experts_is_refused(tmp_path):
+    model, _ = experts_of("Mixtral")
+    ss1_compile.compress(model, reduction=4, **QUIET)
+    with pytest.raises(CheckpointError, match=r"experts\.\w+: the file format has no place"):
+        ss1_compile.save(model, tmp_path)
