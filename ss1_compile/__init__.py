@@ -30,6 +30,7 @@ from ss1_compile.errors import (
     UnhandledLinearError,
 )
 from ss1_compile.export import compress_exported
+from ss1_compile.learned import LearnedStructure
 from ss1_compile.modules import SS1Linear
 from ss1_compile.projection import Projection, project
 from ss1_compile.report import LayerReport, Report
@@ -53,6 +54,7 @@ __all__ = [
     "InputStatistics",
     "LayerComparison",
     "LayerReport",
+    "LearnedStructure",
     "NothingToCompressError",
     "Projection",
     "ProjectionError",

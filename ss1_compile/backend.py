@@ -24,6 +24,7 @@ from ss1_compile.decision import Decisions, in_order
 from ss1_compile.errors import ConfigError, TrainingError
 from ss1_compile.fusion import fuse_graph
 from ss1_compile.kernels import lowering
+from ss1_compile.learned import Structure
 from ss1_compile.nested import nested_linears
 from ss1_compile.passes import (
     PassTrace,
@@ -36,7 +37,6 @@ from ss1_compile.passes import (
 )
 from ss1_compile.projection import Projection
 from ss1_compile.report import Report
-from ss1_compile.structure import SS1Structure
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class BackendOptions:
     inductor: Mapping[str, Any] | None = None
     lowering: str | None = None
     report: Report | None = None
-    structures: Mapping[str, SS1Structure] = field(default_factory=dict)
+    structures: Mapping[str, Structure] = field(default_factory=dict)
     tensorrt: Mapping[str, Any] | None = None
 
     @property
@@ -271,18 +271,21 @@ class _Compilation:
         sketches: dict[Any, Tensor] = {}
         sources: dict[Site, WeightSource] = {}
         for site, (slot, projection) in self.projections.items():
-            sketch_key = (slot.recipe.structure.code.numpy().tobytes(), projection.z.device)
-            if sketch_key not in sketches:
-                sketch = slot.recipe.structure.code.to(projection.z.device, copy=True)
-                sketches[sketch_key] = sketch
-                layout[id(sketch)] = (len(constants), "constant")
-                constants.append(sketch)
+            sketch = projection.sketch
+            if slot.recipe.structure.kind == "learned":  # changes with the weight, as z does
+                layout.setdefault(id(sketch), (len(slots), "sketch"))
+            else:
+                code = (sketch.cpu().numpy().tobytes(), sketch.shape, sketch.device)
+                sketch = sketches.setdefault(code, sketch)
+                if id(sketch) not in layout:
+                    layout[id(sketch)] = (len(constants), "constant")
+                    constants.append(sketch)
             layout.setdefault(id(projection.z), (len(slots), "z"))
             if projection.bias is not None:
                 layout.setdefault(id(projection.bias), (len(slots), "bias"))
             slots.append(slot)
             bias = projection.bias if slot.bias is not None else None
-            sources[site] = WeightSource(sketches[sketch_key], projection.z, bias)
+            sources[site] = WeightSource(sketch, projection.z, bias)
         new_inputs: list[tuple[Any, tuple[int, str]]] = []
         last = self.placeholders[-1]
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ss1_compile.experts import project_experts
+from ss1_compile.learned import Structure
 from ss1_compile.projection import Projection
 from ss1_compile.statistics import statistics_of
-from ss1_compile.structure import SS1Structure
 
 _spec_ids = itertools.count()
 _specs: dict[tuple[Any, ...], int] = {}
@@ -35,7 +35,7 @@ class Recipe:
     Attributes:
         name: qualified name, for messages.
         structure: the structure to project onto.
-        method: ``"average"``, ``"calibrated"`` or ``None`` (calibrated where statistics exist).
+        method: see :class:`ss1_compile.SS1Config`, ``projection``.
         damping: see :class:`ss1_compile.SS1Config`.
         weight: maps the graph's input to ``W [N, K]``.
         bias: likewise for the bias ``[N]``, or ``None``.
@@ -43,7 +43,7 @@ class Recipe:
     """
 
     name: str
-    structure: SS1Structure
+    structure: Structure
     method: Any
     damping: float
     weight: Callable[[Tensor], Tensor]
@@ -158,8 +158,9 @@ def bound_call(
         compiled: takes the kept arguments, then the tensors of ``layout``.
         kept: indices of the original arguments that are still needed, in order.
         slots: the bound weights.
-        layout: for every new argument ``(slot index, "z" or "bias")``, or ``(index, "constant")``.
-        constants: tensors that never change (the sketches).
+        layout: for every new argument ``(slot index, "z", "bias" or "sketch")``, or
+            ``(index, "constant")``.
+        constants: tensors that never change (rotation sketches).
     """
     specs = [(slot.recipe, slot.recipe.spec, slot.weight, slot.bias) for slot in slots]
 

@@ -16,7 +16,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,42 +24,79 @@ from torch import Tensor
 
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CheckpointError, ConfigError, StructureError
-from ss1_compile.structure import SS1Structure
+from ss1_compile.learned import LearnedStructure, Structure, structure_of
 
 TENSORS_FILE = "model.safetensors"
 CONFIG_FILE = "ss1_config.json"
 FORMAT = "ss1-compile"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+ROTATION_VERSION = 1  # models without learned layers are written so, for earlier readers
 ALIASES_KEY = "ss1_aliases"
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
+_SIZES = {
+    "rotation": ("in_features", "out_features", "reduction", "block_k", "num_hashes"),
+    "learned": ("in_features", "out_features", "group_size", "rank", "num_hashes"),
+}
 _MAX_JSON_BYTES = 1 << 26  # the sizes of some 300 000 layers
 
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """The sizes of one saved SS1 layer, named as in :class:`~ss1_compile.structure.SS1Structure`.
+    """The sizes of one saved SS1 layer, named as in its structure.
+
+    A layer of the kind ``"learned"`` has ``group_size`` and ``rank``, one of the kind
+    ``"rotation"`` has ``reduction`` and ``block_k``; the others are ``None`` and left out of the
+    file, as is the kind of a rotation.
 
     Attributes:
         in_features: K.
         out_features: N.
+        num_hashes: J.
+        dtype: of z, the bias and learned blocks: ``"float64"``, ``"float32"``, ``"float16"`` or
+            ``"bfloat16"``.
+        bias: whether the layer has a bias.
+        kind: of its sketch.
         reduction: c.
         block_k: B_K.
-        num_hashes: J.
-        dtype: of z and of the bias: ``"float64"``, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-        bias: whether the layer has a bias.
+        group_size: gsize.
+        rank: r.
     """
 
     in_features: int
     out_features: int
-    reduction: int
-    block_k: int
     num_hashes: int
     dtype: str
     bias: bool
+    kind: Literal["rotation", "learned"] = "rotation"
+    reduction: int | None = None
+    block_k: int | None = None
+    group_size: int | None = None
+    rank: int | None = None
+
+    @property
+    def features_per_group(self) -> int:
+        """Input features per supergroup."""
+        return self.group_size or (self.reduction or 1) * (self.block_k or 1)
+
+    @property
+    def slots_per_group(self) -> int:
+        """Columns of z per supergroup."""
+        return self.rank or self.block_k or 1
+
+    @classmethod
+    def of(cls, structure: Structure, dtype: str, bias: bool) -> SavedLayer:
+        """The sizes of a layer of the given structure."""
+        values = {name: getattr(structure, name) for name in _SIZES[structure.kind]}
+        return cls(**values, kind=structure.kind, dtype=dtype, bias=bias)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``ss1_config.json`` has it."""
+        values = {name: getattr(self, name) for name in (*_SIZES[self.kind], "dtype", "bias")}
+        return values if self.kind == "rotation" else {"kind": self.kind, **values}
 
 
 @dataclass(frozen=True)
@@ -153,8 +190,12 @@ def _read_json(path: Path) -> Any:
 def _parse_layer(path: Path, name: str, values: Any) -> SavedLayer:
     where = f"layer {show(name)}"
     _require(isinstance(values, dict), path, f"{where} must be an object, got {show(values)}")
-    _require_keys(path, where, values, {f.name for f in fields(SavedLayer)})
-    for key in ("in_features", "out_features", "reduction", "block_k", "num_hashes"):
+    kind = values.get("kind", "rotation")
+    known = isinstance(kind, str) and kind in _SIZES
+    _require(known, path, f"{where}: kind must be one of {list(_SIZES)}, got {show(kind)}")
+    own = {"kind"} if kind == "learned" or "kind" in values else set()
+    _require_keys(path, where, values, {*_SIZES[kind], "dtype", "bias"} | own)
+    for key in _SIZES[kind]:
         _require_int(path, f"{where}: {key}", values[key])
         _require(values[key] < 2**63, path, f"{where}: {key} is {show(values[key])}")
     dtype, bias = values["dtype"], values["bias"]
@@ -200,7 +241,7 @@ def check_layer(
     z: Tensor | None,
     bias: Tensor | None,
     sketch: Tensor | None,
-) -> SS1Structure:
+) -> Structure:
     """The structure of a layer whose tensors agree with its sizes.
 
     Raises:
@@ -212,24 +253,27 @@ def check_layer(
     if (bias is not None) != layer.bias:
         raise CheckpointError(f"{where}: bias is {'missing' if layer.bias else 'unexpected'}")
     try:
-        structure = SS1Structure.from_code(
-            layer.in_features, layer.out_features, layer.block_k, sketch
-        )
+        if sketch.is_floating_point() != (layer.kind == "learned"):
+            raise StructureError(f"it is {sketch.dtype}, which is no {layer.kind} sketch")
+        structure = structure_of(layer.in_features, layer.out_features, layer.block_k, sketch)
     except StructureError as error:
         raise CheckpointError(f"{where}: sketch: {error}") from error
-    for part, stated, found in (
-        ("reduction", layer.reduction, structure.reduction),
-        ("num_hashes", layer.num_hashes, structure.num_hashes),
-    ):
+    for part in _SIZES[layer.kind]:
+        stated, found = getattr(layer, part), getattr(structure, part)
         if stated != found:
             raise CheckpointError(f"{where}: {part} is {stated} but the sketch has {found}")
-    shapes = {"z": (layer.out_features, structure.reduced_features), "bias": (layer.out_features,)}
-    for part, tensor in {"z": z, "bias": bias}.items():
+    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "z": (z, (layer.out_features, structure.reduced_features)),
+        "bias": (bias, (layer.out_features,)),
+    }
+    if isinstance(structure, LearnedStructure):
+        wanted["sketch"] = (sketch, structure.sketch_shape)
+    for part, (tensor, shape) in wanted.items():
         if tensor is None:
             continue
-        if tensor.dtype != _DTYPES.get(layer.dtype) or tuple(tensor.shape) != shapes[part]:
+        if tensor.dtype != _DTYPES.get(layer.dtype) or tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{where}: {part} must be {layer.dtype} {list(shapes[part])}, "
+                f"{where}: {part} must be {layer.dtype} {list(shape)}, "
                 f"got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             )
         if not bool(tensor.isfinite().all()):

@@ -101,8 +101,8 @@ def inspect(
     with _one_line_errors(context):
         saved = read_config(directory)
     table = Table(title=str(directory), title_justify="left")
-    for column in ("layer", "weight", "c", "J", "B_K", "dtype", "bias", "KiB"):
-        right = column in ("weight", "c", "J", "B_K", "KiB")
+    for column in ("layer", "weight", "sketch", "c", "J", "groups", "dtype", "bias", "KiB"):
+        right = column in ("weight", "c", "J", "groups", "KiB")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     before = after = 0
     for name, layer in saved.layers.items():
@@ -111,9 +111,10 @@ def inspect(
         table.add_row(
             name,
             f"{layer.out_features}×{layer.in_features}",
-            str(layer.reduction),
+            layer.kind,
+            f"{dense / compressed:.3g}" if layer.reduction is None else str(layer.reduction),
             str(layer.num_hashes),
-            str(layer.block_k),
+            f"{layer.features_per_group} → {layer.slots_per_group}",
             layer.dtype,
             "yes" if layer.bias else "no",
             f"{dense / 1024:.0f} → {compressed / 1024:.0f}",
@@ -137,8 +138,15 @@ def compress(
     model_dir: Annotated[Path, typer.Argument(help="A Hugging Face model directory.")],
     out_dir: Annotated[Path, typer.Argument(help="Where the compressed model goes.")],
     reduction: Annotated[
-        int, typer.Option("--reduction", "-c", help="c: parameters and work fall by it.")
+        float, typer.Option("--reduction", "-c", help="c: parameters and work fall by it.")
     ] = 4,
+    projection: Annotated[
+        str | None,
+        typer.Option(help="average, calibrated or learned (the best for a pretrained model)."),
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Features per block of a learned sketch.")
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Text: one per line, or JSONL with a field 'text'. Without it: average."),
@@ -171,7 +179,9 @@ def compress(
     console = Console()
     with _one_line_errors(context):
         options: dict[str, Any] = {
-            "reduction": reduction,
+            "reduction": int(reduction) if reduction.is_integer() else reduction,
+            "projection": projection,
+            "group_size": group_size,
             "include": tuple(include or ("*",)),
             "exclude": tuple(exclude or ()),
             "overrides": _overrides(override or []),
@@ -201,22 +211,39 @@ def compress(
 
 def _layer_bytes(layer: SavedLayer) -> tuple[int, int]:
     """Bytes of the dense weight and bias, and of z, bias and sketch."""
-    supergroups = -(-layer.in_features // (layer.reduction * layer.block_k))
+    supergroups = -(-layer.in_features // layer.features_per_group)
     element = {"float64": 8, "float32": 4}.get(layer.dtype, 2)
     bias = layer.out_features if layer.bias else 0
     dense = element * (layer.out_features * layer.in_features + bias)
-    stored = element * (layer.out_features * supergroups * layer.block_k + bias)
-    return dense, stored + 4 * layer.num_hashes * supergroups * layer.reduction
+    slots = supergroups * layer.slots_per_group
+    stored = element * (layer.out_features * slots + bias)
+    if layer.reduction is None:
+        sketch = element * layer.num_hashes * slots * layer.features_per_group
+    else:
+        sketch = 4 * layer.num_hashes * supergroups * layer.reduction
+    return dense, stored + sketch
 
 
-def _overrides(entries: list[str]) -> dict[str, int | None]:
+def _overrides(entries: list[str]) -> dict[str, float | None]:
     """``PATTERN=C`` or ``PATTERN=dense`` as the mapping of :class:`SS1Config`."""
     from ss1_compile.errors import ConfigError
 
-    overrides: dict[str, int | None] = {}
+    overrides: dict[str, float | None] = {}
     for entry in entries:
         pattern, equals, value = entry.rpartition("=")
-        if not equals or not pattern or not (value == "dense" or value.isdecimal()):
+        number = None if value == "dense" else _number(value)
+        if not equals or not pattern or not (value == "dense" or number):
             raise ConfigError(f"--override must be PATTERN=C or PATTERN=dense, got {entry!r}")
-        overrides[pattern] = None if value == "dense" else int(value)
+        overrides[pattern] = number
     return overrides
+
+
+def _number(text: str) -> float | None:
+    """A whole number as an integer, another as it is; ``None`` for what is no positive number."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    if not value > 0:
+        return None
+    return int(value) if value.is_integer() else value

@@ -16,11 +16,11 @@ from ss1_compile.bare_parameters import bare_parameters
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError, UnhandledLinearError
 from ss1_compile.experts import ExpertLinear, SS1ExpertLinear, project_experts
+from ss1_compile.learned import Structure
 from ss1_compile.modules import SS1Linear, put_layer
 from ss1_compile.report import LayerReport, Report, tensor_bytes
 from ss1_compile.stand_ins import stand_ins
 from ss1_compile.statistics import Statistics, calibrate, execution_groups, rebind, statistics_of
-from ss1_compile.structure import SS1Structure
 
 
 @dataclass
@@ -29,7 +29,7 @@ class _Layer:
 
     module: nn.Module
     names: list[str]
-    structure: SS1Structure | None = None
+    structure: Structure | None = None
     reason: str | None = None
     by_choice: bool = False
     """Whether the configuration asked for it to stay dense."""
@@ -58,7 +58,7 @@ def compress(
     config: SS1Config | None = None,
     calibration: Iterable[Any] | Statistics | None = None,
     *,
-    structures: Mapping[str, SS1Structure] | None = None,
+    structures: Mapping[str, Structure] | None = None,
     sequential: bool = False,
     dry_run: bool = False,
     progress: bool = True,
@@ -137,7 +137,7 @@ def compress(
 
 
 def _find_layers(
-    model: nn.Module, config: SS1Config, structures: Mapping[str, SS1Structure]
+    model: nn.Module, config: SS1Config, structures: Mapping[str, Structure]
 ) -> list[_Layer]:
     by_module: dict[int, _Layer] = {}
     owners: dict[int, list[str]] = {}
@@ -169,7 +169,7 @@ def _find_layers(
             layer.reason = reason
             continue
         n, k = _shape(layer)
-        structure: SS1Structure | str
+        structure: Structure | str
         given = next((structures[name] for name in layer.names if name in structures), None)
         structure = given or config.structure_for(layer.name, k, n)
         if isinstance(structure, str):
@@ -302,12 +302,13 @@ def _project(layer: _Layer, config: SS1Config) -> None:
     z = nn.Parameter(projection.z, layer.weight.requires_grad)
     bias: nn.Parameter | None = None
     replacement: SS1Linear | SS1ExpertLinear
+    sketch = projection.sketch if layer.structure.kind == "learned" else None
     if isinstance(module, ExpertLinear):
-        replacement = SS1ExpertLinear(layer.structure, z)
+        replacement = SS1ExpertLinear(layer.structure, z, sketch)
     else:
         if projection.bias is not None and layer.bias is not None:
             bias = nn.Parameter(projection.bias, layer.bias.requires_grad)
-        replacement = SS1Linear.from_tensors(layer.structure, z, bias)
+        replacement = SS1Linear.from_tensors(layer.structure, z, bias, sketch)
     layer.replacement = replacement.train(module.training)
     after = tensor_bytes([z, bias, replacement.sketch])
     layer.row = replace(row, bytes_after=after, reduction=layer.structure.reduction)

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from ss1_compile.errors import ConfigError
+from ss1_compile.errors import ConfigError, StructureError
+from ss1_compile.learned import LearnedStructure, Structure
 from ss1_compile.structure import HASH_FAMILIES, HashFamily, SS1Structure
 
-ProjectionMethod = Literal["average", "calibrated"]
+ProjectionMethod = Literal["average", "calibrated", "learned"]
 Quantization = Literal["int8_weight_only", "int8_dynamic"]
 
-_PROJECTIONS = (None, "average", "calibrated")
+_PROJECTIONS = (None, "average", "calibrated", "learned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,21 +25,27 @@ class SS1Config:
     """How linear layers become SS1 layers. Frozen, validated on construction.
 
     Attributes:
-        reduction: c, the factor by which parameters and multiplications of a layer fall.
-        num_hashes: J, the number of column blocks; ``None`` means c.
+        reduction: c, the factor by which parameters and multiplications of a layer fall. It need
+            not be an integer for the learned projection.
+        num_hashes: J, the number of column blocks; ``None`` means c for a rotation sketch and 1 for
+            a learned one.
         block_k: B_K, the chunk length along K; ``None`` means the largest of 128 … 8 that keeps
             the zero-padding of K under 3 %.
         hash_family: ``"independent"`` (default) or ``"affine"`` (the authors' public kernel).
         signed: draw random signs (independent family).
         seed: seed of the structures.
+        group_size: input features per block of a learned sketch; ``None`` means about 128.
         projection: how a dense weight becomes z. ``"average"`` is the signed mean of the tied
-            weights, ``"calibrated"`` minimises the output error on calibration inputs; ``None``
-            means calibrated where input statistics exist and average elsewhere.
-        damping: ridge of the calibrated projection, relative to the mean of ``diag(H)``.
+            weights, ``"calibrated"`` minimises the output error on calibration inputs,
+            ``"learned"`` does so over z and the blocks of a learned sketch (c = 1 stays a rotation,
+            which loses nothing); ``None`` means calibrated where input statistics exist and average
+            elsewhere.
+        damping: ridge of the calibrated and learned projections, relative to the mean of
+            ``diag(H)``.
         quantization: ``None``. The int8 variants are not part of this version and are refused.
         include: fnmatch patterns on qualified module names; a layer must match one.
         exclude: fnmatch patterns; a layer that matches one stays dense.
-        overrides: pattern → reduction, or ``None`` to keep dense; the first match wins.
+        overrides: pattern → reduction c, or ``None`` to keep dense; the first match wins.
         min_features: layers with fewer input or output features stay dense.
         max_error: layers whose relative projection error is above this stay dense.
         warn_error: one warning names the layers whose relative error is above this.
@@ -50,9 +57,10 @@ class SS1Config:
         ConfigError: a value is of the wrong type or out of range; the message names the field.
     """
 
-    reduction: int = 4
+    reduction: float = 4
     num_hashes: int | None = None
     block_k: int | None = None
+    group_size: int | None = None
     hash_family: HashFamily = "independent"
     signed: bool = True
     seed: int = 0
@@ -61,7 +69,7 @@ class SS1Config:
     quantization: Quantization | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    overrides: Mapping[str, int | None] = field(default_factory=dict)
+    overrides: Mapping[str, float | None] = field(default_factory=dict)
     min_features: int = 32
     max_error: float | None = None
     warn_error: float = 0.5
@@ -78,18 +86,28 @@ class SS1Config:
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(f"overrides must map patterns to reductions, got {self.overrides!r}")
         object.__setattr__(self, "overrides", dict(self.overrides))
-        _require_int("reduction", self.reduction, 1)
+        _require_choice("projection", self.projection, _PROJECTIONS)
+        self._check_reduction("reduction", self.reduction)
         for pattern, reduction in self.overrides.items():
             if not isinstance(pattern, str):
                 raise ConfigError(f"overrides must map patterns to reductions, got {pattern!r}")
             if reduction is not None:
-                _require_int(f"overrides[{pattern!r}]", reduction, 1)
+                self._check_reduction(f"overrides[{pattern!r}]", reduction)
         if self.num_hashes is not None:
             _require_int("num_hashes", self.num_hashes, 1)
         if self.block_k is not None:
             _require_int("block_k", self.block_k, 8)
             if self.block_k & (self.block_k - 1) or self.block_k > 1024:
                 raise ConfigError(f"block_k must be a power of two in 8 … 1024, got {self.block_k}")
+        if self.group_size is not None:
+            _require_int("group_size", self.group_size, 1)
+            if self.projection != "learned":
+                raise ConfigError(
+                    f"group_size = {self.group_size} is for projection='learned', "
+                    f"not {self.projection!r}"
+                )
+        if self.block_k is not None and self.projection == "learned":
+            raise ConfigError("block_k is for rotation sketches; projection='learned' has none")
         _require_int("seed", self.seed, None)
         if self.seed.bit_length() > 64:
             raise ConfigError("seed must be an integer of at most 64 bits")
@@ -98,7 +116,6 @@ class SS1Config:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _require_choice("hash_family", self.hash_family, HASH_FAMILIES)
-        _require_choice("projection", self.projection, _PROJECTIONS)
         if self.quantization is not None:
             raise ConfigError(
                 f"quantization={self.quantization!r} is not available in this version; use None"
@@ -107,6 +124,16 @@ class SS1Config:
         _require_positive("warn_error", self.warn_error)
         if self.max_error is not None:
             _require_positive("max_error", self.max_error)
+
+    def _check_reduction(self, name: str, value: object) -> None:
+        if self.projection != "learned":
+            if isinstance(value, float) and value >= 1 and not value.is_integer():
+                raise ConfigError(f"{name} = {value} is no integer; use projection='learned'")
+            _require_int(name, value, 1)
+            return
+        _require_positive(name, value)
+        if value < 1:  # type: ignore[operator]
+            raise ConfigError(f"{name} must be at least 1, got {value}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SS1Config:
@@ -125,14 +152,14 @@ class SS1Config:
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return values
 
-    def reduction_for(self, name: str, in_features: int, out_features: int) -> int | str:
+    def reduction_for(self, name: str, in_features: int, out_features: int) -> float | str:
         """The reduction of the layer called ``name``, or the reason why it stays dense."""
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.include):
             return f"matches no include pattern of {list(self.include)}"
         for pattern in self.exclude:
             if fnmatch.fnmatchcase(name, pattern):
                 return f"excluded by {pattern!r}"
-        reduction: int | None = self.reduction
+        reduction: float | None = self.reduction
         for pattern, override in self.overrides.items():
             if fnmatch.fnmatchcase(name, pattern):
                 reduction = override
@@ -145,15 +172,26 @@ class SS1Config:
             return f"reduction {reduction} exceeds in_features {in_features}"
         return reduction
 
-    def structure_for(self, name: str, in_features: int, out_features: int) -> SS1Structure | str:
+    def structure_for(self, name: str, in_features: int, out_features: int) -> Structure | str:
         """The structure of the layer called ``name``, or the reason why it stays dense."""
         reduction = self.reduction_for(name, in_features, out_features)
         if isinstance(reduction, str):
             return reduction
+        if self.projection == "learned" and reduction > 1:
+            try:
+                return LearnedStructure.create(
+                    in_features,
+                    out_features,
+                    reduction,
+                    group_size=self.group_size,
+                    num_hashes=self.num_hashes,
+                )
+            except StructureError as error:
+                return str(error)
         structure = SS1Structure.create(
             in_features,
             out_features,
-            reduction,
+            int(reduction),
             num_hashes=self.num_hashes,
             block_k=self.block_k,
             hash_family=self.hash_family,

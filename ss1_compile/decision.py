@@ -18,11 +18,11 @@ from ss1_compile.config import SS1Config
 from ss1_compile.errors import ConfigError, UnhandledLinearError
 from ss1_compile.kernels import cuda
 from ss1_compile.kernels.lowering import Choice
+from ss1_compile.learned import Structure
 from ss1_compile.passes import Site, Skipped
 from ss1_compile.passes.frozen import example
 from ss1_compile.projection import Projection
 from ss1_compile.report import LayerReport, Report, tensor_bytes
-from ss1_compile.structure import SS1Structure
 
 
 @dataclass
@@ -36,10 +36,10 @@ class Decisions:
     """
 
     config: SS1Config
-    structures: Mapping[str, SS1Structure] = field(default_factory=dict)
+    structures: Mapping[str, Structure] = field(default_factory=dict)
     report: Report = field(default_factory=Report)
 
-    def structure(self, site: Site, name: str) -> SS1Structure | None:
+    def structure(self, site: Site, name: str) -> Structure | None:
         """The structure of a site; ``None`` (and a row) if the configuration leaves it dense.
 
         Raises:
@@ -57,9 +57,7 @@ class Decisions:
             )
         return structure
 
-    def accept(
-        self, site: Site, name: str, structure: SS1Structure, projection: Projection
-    ) -> bool:
+    def accept(self, site: Site, name: str, structure: Structure, projection: Projection) -> bool:
         """Whether the projection is good enough (``max_error``). Adds the site's row."""
         limit = self.config.max_error
         if limit is not None and projection.error > limit:
@@ -93,14 +91,14 @@ class Decisions:
         *,
         reason: str | None = None,
         projection: Projection | None = None,
-        structure: SS1Structure | None = None,
+        structure: Structure | None = None,
     ) -> None:
         weight = _value(entry.weight.node) if entry.weight else None
         bias = _value(entry.bias.node) if isinstance(entry, Site) and entry.bias else None
         before = after = tensor_bytes([weight, bias])
         choice: Choice | None = None
         if projection is not None and structure is not None:
-            after = tensor_bytes([projection.z, bias, structure.code])
+            after = tensor_bytes([projection.z, bias, projection.sketch])
             choice = _expected(entry, structure, projection)
         shape: tuple[int, int] | None = None
         if isinstance(entry, Site):
@@ -141,9 +139,7 @@ def operator_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _expected(
-    entry: Site | Skipped, structure: SS1Structure, projection: Projection
-) -> Choice | None:
+def _expected(entry: Site | Skipped, structure: Structure, projection: Projection) -> Choice | None:
     """What a GPU will run for the site; symbolic sizes count as in the example inputs."""
     x = _value(entry.operands.x) if isinstance(entry, Site) else None
     if x is None or not projection.z.is_cuda or projection.z.dim() != 2:
@@ -151,10 +147,9 @@ def _expected(
     sizes = [size if isinstance(size, int) else size.node.hint for size in x.shape]
     if None in sizes:
         return None
-    code = structure.code.to(projection.z.device)
     rows = math.prod(sizes) // structure.in_features
     bias = projection.bias if isinstance(entry, Site) and entry.bias else None
-    return cuda.expected(rows, structure.in_features, code, projection.z, bias)
+    return cuda.expected(rows, structure.in_features, projection.sketch, projection.z, bias)
 
 
 def _value(node: fx.Node) -> Any:

@@ -16,23 +16,28 @@ from torch import Tensor, nn
 
 import ss1_compile.kernels.experts  # noqa: F401 - registers torch.ops.ss1
 from ss1_compile.errors import StructureError
+from ss1_compile.kernels.layout import block_n
+from ss1_compile.learned import LearnedStructure, Structure, structure_of
 from ss1_compile.projection import Projection, project
 from ss1_compile.structure import SS1Structure
 
 
 def project_experts(
-    weight: Tensor, structure: SS1Structure, bias: Tensor | None = None, **options: Any
+    weight: Tensor, structure: Structure, bias: Tensor | None = None, **options: Any
 ) -> Projection:
     """:func:`~ss1_compile.projection.project` of ``[N, K]``, or of each matrix of ``[E, N, K]``.
 
     With experts z is ``[E, N, K_c]``, there is no bias, statistics are those of all their inputs
-    together, and the error is the root mean square of theirs.
+    together, and the error is the root mean square of theirs. Learned blocks are fitted to all
+    experts at once, which share them; the error is then that of all their outputs together.
 
     Raises:
         ProjectionError: see :func:`~ss1_compile.projection.project`; the expert is named.
     """
     if weight.dim() == 2:
         return project(weight, structure, bias, **options)
+    if isinstance(structure, LearnedStructure):
+        return _project_together(weight, structure, **options)
     name = options.pop("name", "weight")
     made = [
         project(matrix, structure, name=f"{name}[{expert}]", **options)
@@ -40,6 +45,22 @@ def project_experts(
     ]
     error = math.sqrt(sum(projection.error**2 for projection in made) / len(made))
     return replace(made[0], z=torch.stack([projection.z for projection in made]), error=error)
+
+
+def _project_together(weight: Tensor, structure: LearnedStructure, **options: Any) -> Projection:
+    """Column block by column block, the rows of all experts as one weight."""
+    experts, out_features, in_features = weight.shape
+    z = weight.new_empty(experts, out_features, structure.reduced_features)
+    made: list[Projection] = []
+    width = block_n(out_features, structure.num_hashes)
+    for rows, stored in zip(weight.split(width, dim=1), z.split(width, dim=1), strict=True):
+        together = rows.reshape(-1, in_features)
+        sizes = replace(structure, out_features=len(together), num_hashes=1)
+        made.append(project(together, sizes, **options))
+        stored.copy_(made[-1].z.view_as(stored))
+    error = math.sqrt(sum(projection.error**2 for projection in made) / len(made))
+    sketch = torch.cat([projection.sketch for projection in made])
+    return replace(made[0], z=z, error=error, sketch=sketch)
 
 
 class ExpertLinear(nn.Module):
@@ -78,39 +99,42 @@ class SS1ExpertLinear(nn.Module):
 
     Attributes:
         z: parameter ``[E, N, K_c]``.
-        sketch: int32 buffer ``[J, G, c]``, which the experts share.
+        sketch: buffer that the experts share: int32 ``[J, G, c]``, or learned blocks
+            ``[J, G, gsize, r]`` in z's dtype, which are not trained.
     """
 
     z: nn.Parameter
     sketch: Tensor
 
-    def __init__(self, structure: SS1Structure, z: nn.Parameter) -> None:
+    def __init__(self, structure: Structure, z: nn.Parameter, sketch: Tensor | None = None) -> None:
         """Wrap z without copying it.
 
         Raises:
-            StructureError: z does not have the structure's shape.
+            StructureError: z or the sketch does not have the structure's shape.
         """
         super().__init__()
+        structure.check_sketch(sketch)
         shape = (structure.out_features, structure.reduced_features)
         if z.dim() != 3 or tuple(z.shape[1:]) != shape:
             raise StructureError(f"z must be [E, {shape[0]}, {shape[1]}], got {list(z.shape)}")
         self.in_features, self.out_features = structure.in_features, structure.out_features
-        self.block_k = structure.block_k
         self.z = z
-        self.register_buffer("sketch", structure.code.to(z.device, copy=True))
+        self.block_k: int | None = None
+        if isinstance(structure, SS1Structure):
+            self.block_k = structure.block_k
+            sketch = structure.code.to(z.device, copy=True)
+        self.register_buffer("sketch", sketch)
 
     @property
-    def structure(self) -> SS1Structure:
+    def structure(self) -> Structure:
         """The structure, rebuilt from the buffers and validated."""
-        return SS1Structure.from_code(
-            self.in_features, self.out_features, self.block_k, self.sketch
-        )
+        return structure_of(self.in_features, self.out_features, self.block_k, self.sketch)
 
     @property
     def weight(self) -> Tensor:
         """The dense ``[E, N, K]``, materialised on every access."""
         structure = self.structure
-        return torch.stack([structure.materialize(z) for z in self.z])
+        return torch.stack([structure.materialize(z, self.sketch) for z in self.z])
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """``y [S, N]`` of ``x [S, K]``; see ``ss1::grouped_linear``."""
@@ -119,9 +143,11 @@ class SS1ExpertLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
+        rotation = self.block_k is not None  # not `structure`, which needs values
+        reduction = self.sketch.shape[2] if rotation else self.structure.reduction
         return (
             f"experts={self.z.shape[0]}, in_features={self.in_features}, "
-            f"out_features={self.out_features}, reduction={self.sketch.shape[2]}, "
+            f"out_features={self.out_features}, reduction={reduction:.4g}, "
             f"block_k={self.block_k}"
         )
 

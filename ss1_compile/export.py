@@ -23,6 +23,7 @@ from ss1_compile.config import SS1Config
 from ss1_compile.decision import Decisions
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError
 from ss1_compile.experts import project_experts
+from ss1_compile.learned import Structure
 from ss1_compile.nested import nested_linears
 from ss1_compile.passes import (
     PassTrace,
@@ -36,7 +37,6 @@ from ss1_compile.passes import (
 from ss1_compile.projection import Projection
 from ss1_compile.report import Report
 from ss1_compile.statistics import InputStatistics, Statistics, statistics_of
-from ss1_compile.structure import SS1Structure
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER)
@@ -47,7 +47,7 @@ def compress_exported(
     config: SS1Config | None = None,
     calibration: Statistics | None = None,
     *,
-    structures: Mapping[str, SS1Structure] | None = None,
+    structures: Mapping[str, Structure] | None = None,
     dry_run: bool = False,
     debug_dir: str | os.PathLike[str] | None = None,
     **options: Any,
@@ -58,7 +58,8 @@ def compress_exported(
     are called as in :func:`ss1_compile.compress`, by the module that holds the weight. Where that
     is ``layer``, the new program holds ``layer.z`` in place of ``layer.weight`` (a parameter if the
     weight was one, else a buffer), ``layer.bias`` with new values if statistics correct it, and a
-    buffer ``layer.sketch``, which layers of equal structure share.
+    buffer ``layer.sketch``, which layers of equal structure share. A learned sketch is one layer's
+    own, and of the kind of z.
 
     ``ep`` is left unchanged. The new program shares with it the tensors that stay as they are.
 
@@ -127,7 +128,7 @@ class _Rewriting:
         ep: ExportedProgram,
         config: SS1Config,
         calibration: Statistics | None,
-        structures: Mapping[str, SS1Structure],
+        structures: Mapping[str, Structure],
         debug_dir: str | os.PathLike[str] | None,
     ) -> None:
         self.ep, self.config, self.calibration = ep, config, calibration
@@ -150,7 +151,7 @@ class _Rewriting:
         for name, tensor in self.tensors.items():
             if isinstance(tensor, Tensor):
                 self.aliases.setdefault(_memory(tensor), []).append(name)
-        self.projections: dict[Site, tuple[str, SS1Structure, Projection]] = {}
+        self.projections: dict[Site, tuple[str, Structure, Projection]] = {}
 
     # --- deciding -----------------------------------------------------------------------------
 
@@ -343,7 +344,7 @@ class _NewInputs:
         self.sketches: dict[Any, Tensor] = {}
 
     def source(
-        self, site: Site, name: str, structure: SS1Structure, projection: Projection
+        self, site: Site, name: str, structure: Structure, projection: Projection
     ) -> WeightSource:
         """The tensors of a site. A corrected bias that is its alone keeps its input."""
         root = site.weight.root
@@ -359,10 +360,14 @@ class _NewInputs:
         key = (root, site.weight.key, site.operands.weight_is_kn, structure, centred)
         if key not in self.z:
             self.z[key] = self._add(projection.z, kind, f"{stem}z", root)
-        sketch_key = (structure.code.numpy().tobytes(), structure.code.shape, projection.z.device)
+        sketch, sketch_kind = projection.sketch, InputKind.BUFFER
+        sketch_key: Any
+        if structure.kind == "learned":  # fitted together with z
+            sketch_key, sketch_kind = key, kind
+        else:
+            sketch_key = (sketch.cpu().numpy().tobytes(), sketch.shape, sketch.device)
         if sketch_key not in self.sketches:
-            sketch = structure.code.to(projection.z.device, copy=True)
-            self.sketches[sketch_key] = self._add(sketch, InputKind.BUFFER, f"{stem}sketch", root)
+            self.sketches[sketch_key] = self._add(sketch, sketch_kind, f"{stem}sketch", root)
         bias = None
         if projection.bias is not None and site.bias is not None:
             bias_root = site.bias.root

@@ -1,32 +1,34 @@
 """From a dense weight ``W [N, K]`` to the ``z [N, K_c]`` that takes its place.
 
-Both methods work per column block j with ``S_j [K, K_c]``, the sketch as a matrix
+All methods work per column block j with ``S_j [K, K_c]``, the sketch as a matrix
 (``Ŵ_j = z_j S_jᵀ``), which is never formed:
 
 * ``average`` (SS1, NeurIPS 2024): ``z_j = W_j S_j (S_jᵀ S_j)⁻¹``, the signed mean of tied weights.
 * ``calibrated``: ``z_j = W_j H S_j (S_jᵀ H S_j)⁻¹``, the least-squares solution of
   ``min E‖(W_j - z_j S_jᵀ) x‖²`` for the second moment H of the inputs.
+* ``learned``: the same, minimised over the blocks of S_j too (:mod:`ss1_compile.learned_fit`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-import ss1_compile.kernels  # noqa: F401 - registers torch.ops.ss1
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError
-from ss1_compile.kernels import layout
+from ss1_compile.learned import LearnedStructure, Structure
+from ss1_compile.learned_fit import LearnedFit
+from ss1_compile.rotation_fit import RotationFit
 from ss1_compile.statistics import InputStatistics
 from ss1_compile.structure import SS1Structure
 
-Method = Literal["average", "calibrated"]
+Method = Literal["average", "calibrated", "learned"]
 
-_METHODS = ("average", "calibrated")
+_METHODS = ("average", "calibrated", "learned")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHUNK_ELEMENTS = 2**25  # rows of W are taken in float64 copies of at most 256 MiB
 
@@ -43,6 +45,8 @@ class Projection:
         error_of: ``"output"``: ``sqrt(E‖Δy‖² / E‖y - E[y]‖²)`` over the calibration inputs (not
             centred without a bias); ``"weight"``: ``‖W - Ŵ‖ / ‖W‖``.
         method: the method that made z.
+        sketch: the operator's sketch operand on z's device: int32 ``[J, G, c]``, or learned blocks
+            ``[J, G, gsize, r]`` in z's dtype.
     """
 
     z: Tensor
@@ -50,11 +54,12 @@ class Projection:
     error: float
     error_of: Literal["output", "weight"]
     method: Method
+    sketch: Tensor
 
 
 def project(
     weight: Tensor,
-    structure: SS1Structure,
+    structure: Structure,
     bias: Tensor | None = None,
     *,
     statistics: InputStatistics | None = None,
@@ -69,20 +74,23 @@ def project(
     ``H + damping · mean(diag H) · I``; the reported error ``sqrt(tr(E H Eᵀ) / tr(W H Wᵀ))``,
     ``E = W - Ŵ``, the undamped H.
 
-    A weight that has the structure already (always so at c = 1) is recovered exactly by both
-    methods, whatever H is: the solve is for the correction of the average, and that is zero.
+    A weight that has a rotation structure already (always so at c = 1) is recovered exactly,
+    whatever H is: the solve is for the correction of the average, and that is zero. One that has
+    the learned structure is recovered to rounding.
 
     Everything stays on the weight's device. Memory beside the operands, in float64: with
-    statistics at most one ``[K, K]``, one ``[K, K_c]`` and its transpose, two ``[K_c, K_c]``, and
-    in all cases a handful of row blocks of W of at most 256 MiB (or one row) each. Work:
-    ``O(N K² + J K K_c²/c)``; column blocks of equal hash are solved together.
+    statistics at most one ``[K, K]`` (two for a learned structure), two ``[K, K_c]``, three
+    ``[K_c, K_c]``, and in all cases a handful of row blocks of W of at most 256 MiB (or one row)
+    each. Work: ``O(N K² + J K K_c²/c)`` for a rotation, column blocks of equal hash being solved
+    together; a learned structure takes that for each of its at most 6 sweeps.
 
     Args:
         weight: ``[N, K]``, float16, bfloat16, float32 or float64.
         structure: fits ``[N, K]``.
         bias: ``[N]`` or ``None``, any of the same dtypes.
         statistics: of the inputs ``[K]`` of this weight.
-        method: ``None`` means calibrated with statistics and average without.
+        method: of a rotation structure; ``None`` and ``"learned"`` mean calibrated with statistics
+            and average without. A learned structure is always fitted.
         damping: ridge relative to the mean of ``diag(H)``, at least 0.
         name: of the layer, for messages.
 
@@ -92,10 +100,12 @@ def project(
         CalibrationError: ``"calibrated"`` without statistics.
         ConfigError: an unknown method or a negative or infinite damping.
     """
-    if method is None:
-        method = "average" if statistics is None else "calibrated"
-    if method not in _METHODS:
+    if method not in (None, *_METHODS):
         raise ConfigError(f"{name}: method must be one of {_METHODS}, got {method!r}")
+    if isinstance(structure, LearnedStructure):
+        method = "learned"
+    elif method in (None, "learned"):
+        method = "average" if statistics is None else "calibrated"
     if not (isinstance(damping, int | float) and 0 <= damping < math.inf):
         raise ConfigError(f"{name}: damping must be a finite number of at least 0, got {damping!r}")
     if method == "calibrated" and statistics is None:
@@ -111,7 +121,7 @@ def project(
 
 def _project(
     weight: Tensor,
-    structure: SS1Structure,
+    structure: Structure,
     bias: Tensor | None,
     statistics: InputStatistics | None,
     method: Method,
@@ -119,24 +129,32 @@ def _project(
     name: str,
 ) -> Projection:
     moment = None if statistics is None else _second_moment(statistics, bias is not None, weight)
-    code = structure.code.to(weight.device)
     z = weight.new_empty(structure.out_features, structure.reduced_features)
+    if isinstance(structure, SS1Structure):
+        sketch = structure.code.to(weight.device, copy=True)
+    else:
+        sketch = weight.new_empty(structure.sketch_shape)
     lost = torch.zeros((), dtype=torch.float64, device=weight.device)
     whole = torch.zeros_like(lost)
     shift = lost.new_zeros(structure.out_features)
     mean = None if statistics is None else statistics.mean.to(weight.device)
 
     for j, rows in _blocks_by_hash(structure):
-        block = _Block(code[j : j + 1], structure, name)
-        for index in _row_chunks(rows, structure.in_features, weight.device):
+        chunks = _row_chunks(rows, structure.in_features, weight.device)
+        fit: RotationFit | LearnedFit
+        if isinstance(structure, SS1Structure):
+            used = None if method == "average" else moment
+            fit = RotationFit(sketch[j : j + 1], structure, used, damping, name)
+        else:
+            fit = LearnedFit(structure, moment, damping, name)
+            for index in chunks:
+                fit.add(weight.index_select(0, index).double())
+            sketch[j] = fit.fit(weight.dtype)
+        for index in chunks:
             w = weight.index_select(0, index).double()
-            z_rows = block.average(w)
-            if method == "calibrated":
-                assert moment is not None
-                z_rows += block.correction(w - block.materialize(z_rows), moment, damping)
-            stored = z_rows.to(weight.dtype)
+            stored = fit.solve(w).to(weight.dtype)
             z[index] = stored
-            e = w - block.materialize(stored.double())
+            e = w - fit.materialize(stored.double())
             lost += _energy(e, moment)
             whole += _energy(w, moment)
             if mean is not None:
@@ -151,62 +169,20 @@ def _project(
         bias = bias.detach().clone() if mean is None else (bias.double() + shift).to(bias.dtype)
     ratio = (lost.clamp(min=0) / whole).item() if whole.item() > 0 else 0.0
     error_of: Literal["output", "weight"] = "weight" if moment is None else "output"
-    return Projection(z, bias, math.sqrt(ratio), error_of, method)
+    return Projection(z, bias, math.sqrt(ratio), error_of, method, sketch)
 
 
-class _Block:
-    """The sketch with one hash, applied from the right: ``A S`` and ``z Sᵀ``, all float64."""
-
-    def __init__(self, code: Tensor, structure: SS1Structure, name: str) -> None:
-        self._code, self._name = code, name
-        self._reduced = structure.reduced_features
-        slots, signs = layout.target_slots(code, self._reduced, structure.in_features)
-        self._slots, self._signs = slots[0], signs[0].double()
-        # columns that are padding fall into slots too, and are not counted
-        self._counts = torch.bincount(self._slots, minlength=self._reduced).double()
-        self._solver: tuple[Tensor, Tensor] | None = None
-
-    def average(self, w: Tensor) -> Tensor:
-        """``W S (Sᵀ S)⁻¹ [M, K_c]``; 0 in slots without a source."""
-        return self._sketch(w) / self._counts.clamp(min=1)
-
-    def materialize(self, z: Tensor) -> Tensor:
-        """``z Sᵀ [M, K]``."""
-        return z.index_select(1, self._slots).mul_(self._signs)
-
-    def correction(self, residual: Tensor, moment: Tensor, damping: float) -> Tensor:
-        """``R H S (Sᵀ H S)⁻¹ [M, K_c]`` with damped H, for the residual R of the average.
-
-        ``R S = 0``, so the ridge adds nothing to ``R H S`` in exact arithmetic.
-        """
-        if not bool(residual.any()):
-            return residual.new_zeros(residual.shape[0], self._reduced)
-        if self._solver is None:
-            self._solver = self._factorize(moment, damping)
-        moment_sketch, factor = self._solver
-        return torch.cholesky_solve((residual @ moment_sketch).t(), factor).t()
-
-    def _factorize(self, moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-        """``H S [K, K_c]`` and the lower Cholesky factor of ``Sᵀ (H + λI) S``."""
-        moment_sketch = self._sketch(moment)
-        gram = self._sketch(moment_sketch.t().contiguous())
-        scale = moment.diagonal().mean()
-        ridge = damping * scale * self._counts
-        # A slot without a source has a zero row; a layer whose inputs never vary keeps the average.
-        free = (self._counts == 0) | (scale <= 0)
-        gram.diagonal().add_(torch.where(free, 1.0, ridge))
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if int(failed) != 0:
-            raise ProjectionError(
-                f"{self._name}: the input statistics are singular at slot {int(failed) - 1} of "
-                f"{self._reduced} with damping = {damping}; raise damping (1e-3 is usual) or "
-                f"calibrate on more data"
-            )
-        return moment_sketch, factor
-
-    def _sketch(self, rows: Tensor) -> Tensor:
-        sketched: Tensor = torch.ops.ss1.sketch(rows, self._code, self._reduced)
-        return sketched[0]
+def _blocks_by_hash(structure: Structure) -> Iterator[tuple[int, list[range]]]:
+    """A column block j per distinct hash, with the rows of all blocks that have the same."""
+    alike: dict[Any, list[int]] = {}
+    keys: Iterable[Any] = range(structure.num_hashes)
+    if isinstance(structure, SS1Structure):
+        keys = map(tuple, structure.code.flatten(1).tolist())
+    for j, key in enumerate(keys):
+        alike.setdefault(key, []).append(j)
+    width, end = structure.block_n, structure.out_features
+    for blocks in alike.values():
+        yield blocks[0], [range(j * width, min((j + 1) * width, end)) for j in blocks]
 
 
 def _energy(rows: Tensor, moment: Tensor | None) -> Tensor:
@@ -220,16 +196,6 @@ def _second_moment(statistics: InputStatistics, centred: bool, weight: Tensor) -
     return statistics.covariance().to(weight.device)
 
 
-def _blocks_by_hash(structure: SS1Structure) -> Iterator[tuple[int, list[range]]]:
-    """A column block j per distinct hash, with the rows of all blocks that have the same."""
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for j, code in enumerate(structure.code.flatten(1).tolist()):
-        alike.setdefault(tuple(code), []).append(j)
-    width, end = structure.block_n, structure.out_features
-    for blocks in alike.values():
-        yield blocks[0], [range(j * width, min((j + 1) * width, end)) for j in blocks]
-
-
 def _row_chunks(rows: list[range], columns: int, device: torch.device) -> tuple[Tensor, ...]:
     index = torch.cat([torch.arange(r.start, r.stop, device=device) for r in rows])
     chunks: tuple[Tensor, ...] = index.split(max(1, _CHUNK_ELEMENTS // columns))
@@ -239,7 +205,7 @@ def _row_chunks(rows: list[range], columns: int, device: torch.device) -> tuple[
 def _check_operands(
     name: str,
     weight: Tensor,
-    structure: SS1Structure,
+    structure: Structure,
     bias: Tensor | None,
     statistics: InputStatistics | None,
 ) -> None:

@@ -53,7 +53,7 @@ class LayerReport:
     shape: tuple[int, int] | None
     bytes_before: int
     bytes_after: int
-    reduction: int | None = None
+    reduction: float | None = None
     error: float | None = None
     error_of: Literal["output", "weight"] | None = None
     projection: str | None = None
@@ -185,7 +185,7 @@ class Report:
             if layer.speedup is not None:
                 note += f", {layer.lowering} {layer.speedup:.1f}×"
                 note += " (slower than dense here)" if layer.speedup < 1 else ""
-            c = str(layer.reduction or "")
+            c = f"{layer.reduction:.3g}" if layer.reduction else ""
             note += f"; fused: {', '.join(layer.fused)}" if layer.fused else ""
             # Patterns such as "layer.[0-3].*" in a reason would read as markup.
             cells = (layer.name, layer.op, shape, c, size, error, note)

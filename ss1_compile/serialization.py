@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ss1_compile.checkpoint import (
     CONFIG_FILE,
     FORMAT,
     FORMAT_VERSION,
+    ROTATION_VERSION,
     TENSORS_FILE,
     SavedLayer,
     SavedModel,
@@ -38,7 +39,7 @@ from ss1_compile.checkpoint import (
     show,
 )
 from ss1_compile.config import SS1Config
-from ss1_compile.errors import CheckpointError
+from ss1_compile.errors import CheckpointError, StructureError
 from ss1_compile.experts import SS1ExpertLinear
 from ss1_compile.modules import SS1Linear, put_layer
 from ss1_compile.stand_ins import stand_ins
@@ -78,14 +79,12 @@ def save(model: nn.Module, directory: str | Path, *, config: SS1Config | None = 
     layers = {}
     for name, module in modules.items():
         if isinstance(module, SS1Linear):
-            layers[name] = SavedLayer(
-                module.in_features,
-                module.out_features,
-                module.reduction,
-                module.block_k,
-                module.sketch.shape[0],
-                dtype_name(module.z.dtype),
-                module.bias is not None,
+            try:
+                structure = module.structure
+            except StructureError as error:
+                raise CheckpointError(f"the model: layer {name!r}: sketch: {error}") from error
+            layers[name] = SavedLayer.of(
+                structure, dtype_name(module.z.dtype), module.bias is not None
             )
             check_layer("the model", name, layers[name], module.z, module.bias, module.sketch)
     directory = Path(directory)
@@ -96,12 +95,13 @@ def save(model: nn.Module, directory: str | Path, *, config: SS1Config | None = 
             save_file(tensors, staging / TENSORS_FILE, {ALIASES_KEY: json.dumps(aliases)})
         except (SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{TENSORS_FILE} cannot be written: {error}") from error
+        rotations = all(layer.kind == "rotation" for layer in layers.values())
         document = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": ROTATION_VERSION if rotations else FORMAT_VERSION,
             "package_version": metadata.version("ss1-compile"),
             "config": None if config is None else config.to_dict(),
-            "layers": {name: asdict(layer) for name, layer in layers.items()},
+            "layers": {name: layer.to_dict() for name, layer in layers.items()},
             "tensors_sha256": sha256_of(staging / TENSORS_FILE),
         }
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"

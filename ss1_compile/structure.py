@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class SS1Structure:
     block_k: int
     rotations: Tensor = field(repr=False)
     signs: Tensor = field(repr=False)
+
+    kind: ClassVar[Literal["rotation"]] = "rotation"
 
     def __post_init__(self) -> None:
         _check_sizes(self.in_features, self.out_features, self.reduction, self.block_k)
@@ -211,14 +213,38 @@ class SS1Structure:
         """K rounded up to G·c·B_K."""
         return self.num_supergroups * self.reduction * self.block_k
 
+    @property
+    def group_size(self) -> int:
+        """``c·B_K``, input features per supergroup."""
+        return self.reduction * self.block_k
+
+    @property
+    def sketch_shape(self) -> tuple[int, ...]:
+        """``(J, G, c)``, the shape of the operator's *sketch* operand."""
+        return tuple(self.rotations.shape)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers stored: those of z. Rotations and signs are none."""
+        return self.out_features * self.reduced_features
+
+    def check_sketch(self, sketch: Tensor | None) -> None:
+        """Raise ``StructureError`` unless ``sketch`` is this structure's code (or is not given)."""
+        if sketch is not None and not torch.equal(sketch.cpu(), self.code):
+            raise StructureError("the sketch is not the code of this structure")
+
     @cached_property
     def code(self) -> Tensor:
         """The operator's *sketch* operand: int32 ``[J, G, c]`` (:mod:`ss1_compile.kernels`)."""
         return layout.pack(self.rotations, self.signs)
 
-    def materialize(self, z: Tensor) -> Tensor:
-        """The dense weight ``W [N, K]`` that ``z [N, K_c]`` stands for, in z's dtype and device."""
+    def materialize(self, z: Tensor, sketch: Tensor | None = None) -> Tensor:
+        """The dense weight ``W [N, K]`` that ``z [N, K_c]`` stands for, in z's dtype and device.
+
+        ``sketch`` may be given as for a learned structure; it must be the structure's own code.
+        """
         self._check_columns("z", z, self.reduced_features)
+        self.check_sketch(sketch)
         slots, signs = layout.target_slots(
             self.code.to(z.device), self.reduced_features, self.in_features
         )
@@ -240,7 +266,7 @@ class SS1Structure:
     def to_dict(self) -> dict[str, Any]:
         """The structure as plain JSON values; :meth:`from_dict` validates and inverts it."""
         return {
-            "kind": "rotation",
+            "kind": self.kind,
             "in_features": self.in_features,
             "out_features": self.out_features,
             "reduction": self.reduction,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import ConfigError
+from ss1_compile.learned import LearnedStructure
 from ss1_compile.structure import SS1Structure
 
 BAD_VALUES: list[tuple[str, Any]] = [
@@ -30,6 +31,9 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("block_k", 48),
     ("block_k", 2048),
     ("block_k", 32.0),
+    ("group_size", 0),
+    ("group_size", 64.0),
+    ("group_size", 64),  # without projection="learned"
     ("hash_family", "sha"),
     ("hash_family", None),
     ("hash_family", ["affine"]),
@@ -83,6 +87,36 @@ def test_bad_value_names_the_field(name, value):
     assert isinstance(caught.value, ValueError)
     with pytest.raises(ConfigError, match=rf"^{name}\b"):
         SS1Config.from_dict({name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": 0.9}, "^reduction"),
+        ({"reduction": float("nan")}, "^reduction"),
+        ({"reduction": "2"}, "^reduction"),
+        ({"overrides": {"a": 0.5}}, "^overrides"),
+        ({"block_k": 32}, "^block_k"),
+    ],
+)
+def test_bad_values_of_the_learned_projection(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SS1Config(projection="learned", **options)
+
+
+def test_the_learned_projection_takes_any_reduction_and_gives_a_learned_structure():
+    config = SS1Config(
+        projection="learned", reduction=1.5, group_size=48, overrides={"b": 2.5, "c": 1, "d": 90}
+    )
+    assert SS1Config.from_dict(config.to_dict()) == config
+    for name, c in (("a", 1.5), ("b", 2.5)):
+        structure = config.structure_for(name, 96, 80)
+        assert structure == LearnedStructure.create(96, 80, c, group_size=48)
+        assert structure.reduction >= c
+    exact = config.structure_for("c", 96, 80)
+    assert exact.kind == "rotation"
+    assert exact.reduction == 1
+    assert "no slot" in config.structure_for("d", 96, 80)
 
 
 def test_every_field_has_a_bad_value_here():
