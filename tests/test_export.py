@@ -1,14 +1,22 @@
-"""``compress_exported``: exact at c = 1, equal to ``compress``, and valid for what comes after."""
+"""``compress_exported``: exact at c = 1, equal to ``compress``, loud about bad input."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
+from export_support import (
+    D,
+    Mlp,
+    assert_same,
+    assert_unchanged,
+    compressed,
+    exported,
+    kinds,
+    mlp_program,
+    snapshot,
+    ss1,
+)
 from torch import nn
-from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 
 import ss1_compile
@@ -20,75 +28,9 @@ from ss1_compile import (
     SS1Config,
     SS1Structure,
     SS1Warning,
-    UnhandledLinearError,
     compress,
     compress_exported,
 )
-
-D = 64
-
-
-class Mlp(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(D, 2 * D)
-        self.down = nn.Linear(2 * D, D)
-
-    def forward(self, x):
-        return x + self.down(F.gelu(self.up(x)))
-
-
-def exported(model, *args, decompose=False, strict=False, **kwargs) -> ExportedProgram:
-    ep = export(model, args, strict=strict, **kwargs)
-    return ep.run_decompositions() if decompose else ep
-
-
-def mlp_program(model, **options):
-    return exported(
-        model, torch.randn(4, D), dynamic_shapes={"x": {0: Dim("n", max=512)}}, **options
-    )
-
-
-def ss1(ep, **options):
-    """The new program, without the warning that random weights deserve."""
-    return compress_exported(ep, **{"warn_error": 2.0, **options})
-
-
-def compressed(model, **options):
-    other = copy.deepcopy(model)
-    compress(other, progress=False, **{"warn_error": 2.0, **options})
-    return other
-
-
-def assert_same(actual, expected, tolerance=1e-5):
-    error = (actual - expected).norm() / expected.norm()
-    assert error < tolerance, f"relative error {error:.2e}"
-
-
-def kinds(ep):
-    return {spec.target: spec.kind for spec in ep.graph_signature.input_specs if spec.target}
-
-
-def snapshot(ep):
-    """Everything of a program that a rewrite could damage."""
-    return (
-        str(ep.graph),
-        str(ep.graph_signature),
-        {name: (id(t), t._version, t.clone()) for name, t in ep.state_dict.items()},
-        dict(ep.constants),
-        str(ep.range_constraints),
-    )
-
-
-def assert_unchanged(before, after):
-    assert before[0] == after[0]
-    assert before[1] == after[1]
-    assert before[2].keys() == after[2].keys()
-    for name, (identity, version, value) in before[2].items():
-        assert (identity, version) == after[2][name][:2]
-        assert torch.equal(value, after[2][name][2])
-    assert before[3].keys() == after[3].keys()
-    assert before[4] == after[4]
 
 
 @pytest.fixture(autouse=True)
@@ -262,157 +204,6 @@ def test_calibrated_projection_needs_statistics():
         ss1(mlp_program(Mlp()), projection="calibrated")
 
 
-# --- graphs it was not written for ----------------------------------------------------------------
-
-
-class Constant(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(D, D))
-        self.register_buffer("table", torch.randn(D, D))
-        self.register_buffer("fleeting", torch.randn(D, D), persistent=False)
-        self.plain = torch.randn(D, D)
-
-    def forward(self, x):
-        return (self.weight @ x.t()).t() @ self.table @ self.fleeting @ self.plain
-
-
-@pytest.mark.parametrize("decompose", [False, True])
-def test_weights_on_the_left_buffers_and_constants(decompose):
-    model, x = Constant(), torch.randn(5, D)
-    ep = exported(model, x, decompose=decompose)
-    new, report = ss1(ep, reduction=1)
-    assert_same(new.module()(x), model(x))
-    assert [row.name for row in report.compressed] == ["weight", "table", "fleeting", "plain"]
-    assert kinds(new)["z"] == InputKind.PARAMETER
-    assert {kinds(new)[f"{n}_z"] for n in ("table", "fleeting", "plain")} == {InputKind.BUFFER}
-    assert not set(new.constants) & {"fleeting", "plain"}
-    new.run_decompositions()
-
-
-class Strided(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.out = nn.Linear(D, D)
-
-    def forward(self, x):
-        return self.out(x.transpose(0, 1))
-
-
-@pytest.mark.parametrize("dynamic", [None, {"x": {1: Dim("b", min=2, max=64)}}])
-def test_linear_on_a_strided_input_decomposes_to_bmm_and_is_found(dynamic):
-    model, x = Strided(), torch.randn(6, 3, D)
-    ep = exported(model, x, decompose=True, dynamic_shapes=dynamic)
-    assert torch.ops.aten.bmm.default in {node.target for node in ep.graph.nodes}
-    new, report = ss1(ep, reduction=1)
-    assert [row.op for row in report.compressed] == ["aten.bmm"]
-    assert "out.weight" not in new.state_dict
-    assert_same(new.module()(x), model(x))
-
-
-class Tied(nn.Module):
-    def __init__(self, embedding):
-        super().__init__()
-        self.first = nn.Embedding(D, D) if embedding else nn.Linear(D, D, bias=False)
-        self.second = nn.Linear(D, D)
-        self.second.weight = self.first.weight
-
-    def forward(self, x):
-        return self.second(self.first(x))
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_tied_linears_share_one_z(strict):
-    model, x = Tied(embedding=False), torch.randn(5, D)
-    new, report = ss1(exported(model, x, strict=strict), reduction=4)
-    assert [row.name for row in report.compressed] == ["first", "second"]
-    assert len([name for name in new.state_dict if name.endswith("z")]) == 1
-    assert not [name for name in new.state_dict if name.endswith("weight")]
-    structure = SS1Config().structure_for("", D, D)
-    weight = structure.materialize(ss1_compile.project(model.first.weight, structure).z)
-    assert_same(new.module()(x), F.linear(x @ weight.t(), weight, model.second.bias))
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_weight_tied_to_an_embedding_stays_dense(strict):
-    ep = exported(Tied(embedding=True), torch.tensor([1, 2]), strict=strict)
-    new, report = ss1(ep, allow_empty=True)
-    assert [row.name for row in report.left] == ["second"]
-    assert "embedding" in report["second"].reason
-    new.validate()
-
-
-class Control(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.quiet = nn.Linear(D, D)
-        self.yes = nn.Linear(D, D)
-        self.free = nn.Linear(D, D)
-
-    def forward(self, x):
-        with torch.no_grad():
-            y = self.quiet(x)
-        z = torch.cond(x.sum() > 0, lambda t: self.yes(t), lambda t: t.clone(), (y,))
-        return self.free(z)
-
-
-def test_linears_inside_bodies_are_reported():
-    model, x = Control(), torch.randn(3, D)
-    ep = exported(model, x)
-    new, report = ss1(ep, reduction=1)
-    assert [row.name for row in report] == ["quiet", "yes", "free"]
-    assert [row.name for row in report.compressed] == ["free"]
-    assert "cond" in report["yes"].reason
-    assert_same(new.module()(x), model(x))
-    with pytest.raises(UnhandledLinearError, match="quiet"):
-        ss1(ep, strict=True)
-
-
-class Moving(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("w", torch.randn(D, D))
-        self.fixed = nn.Linear(D, D)
-
-    def forward(self, x):
-        y = self.fixed(x) @ self.w
-        self.w.copy_(x.t() @ x)
-        return y
-
-
-def test_a_weight_that_the_program_writes_stays_dense():
-    model, x = Moving(), torch.randn(3, D)
-    for decompose in (False, True):
-        ep = exported(copy.deepcopy(model), x, decompose=decompose)
-        new, report = ss1(ep, reduction=1)
-        assert [row.name for row in report.compressed] == ["fixed"]
-        assert [row.name for row in report.left] == ["w"]
-        module, expected = new.module(), copy.deepcopy(model)
-        for _ in range(2):
-            assert_same(module(x), expected(x))
-
-
-def test_outputs_and_preserved_submodules_keep_their_names():
-    class Outer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = Mlp()
-            self.last = nn.Linear(D, D)
-
-        def forward(self, input):
-            y = self.inner(input)
-            return {"y": y, "z": self.last(y)}
-
-    model, x = Outer(), torch.randn(3, D)
-    ep = exported(model, x, preserve_module_call_signature=("inner",))
-    new, _ = ss1(ep, reduction=1)
-    assert new.graph_signature.user_outputs == ep.graph_signature.user_outputs
-    assert new.graph_signature.user_inputs == ep.graph_signature.user_inputs
-    flat = torch.export.unflatten(new)
-    assert_same(flat(x)["z"], model(x)["z"])
-    assert tuple(flat.inner.up.z.shape) == (2 * D, D)
-
-
 # --- configuration and errors ---------------------------------------------------------------------
 
 
@@ -510,109 +301,3 @@ def test_statistics_of_another_model_are_refused():
 def test_a_module_is_refused_with_the_way_to_go():
     with pytest.raises(ConfigError, match=r"ss1_compile\.compress"):
         compress_exported(Mlp())
-
-
-# --- what comes after -----------------------------------------------------------------------------
-
-
-def test_trains():
-    model, x = Mlp(), torch.randn(5, D)
-    model.down.weight.requires_grad_(False)
-    new, _ = ss1(mlp_program(model), reduction=4)
-    module = new.module()
-    module(x).sum().backward()
-    gradients = {name: p.grad is not None for name, p in module.named_parameters()}
-    assert gradients == {"up.z": True, "up.bias": True, "down.z": False, "down.bias": True}
-
-
-def test_compiles_and_decomposes():
-    model, x = Mlp().eval(), torch.randn(5, D)
-    new, _ = ss1(mlp_program(model))
-    expected = new.module()(x)
-    core = new.run_decompositions()
-    assert "ss1.linear" in str(core.graph)
-    assert_same(core.module()(x), expected)
-    with torch.no_grad():
-        compiled = torch.compile(new.module(), fullgraph=True)
-        assert_same(compiled(x), expected.detach())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_keeps_the_dtype(dtype):
-    model, x = Mlp().to(dtype), torch.randn(5, D, dtype=dtype)
-    new, _ = ss1(exported(model, x), reduction=1)
-    assert new.state_dict["up.z"].dtype == dtype
-    assert_same(new.module()(x), model(x), 1e-2 if dtype == torch.bfloat16 else 1e-12)
-
-
-def in_fresh_process(body, *paths, imports="import ss1_compile"):
-    code = f"import sys, torch\n{imports}\n{body}"
-    command = [sys.executable, "-c", code, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_saves_and_loads_in_a_fresh_process(tmp_path):
-    model, x = Mlp().eval(), torch.randn(5, D)
-    new, _ = ss1(mlp_program(model))
-    torch.export.save(new, tmp_path / "program.pt2")
-    torch.save({"x": x, "y": new.module()(x).detach()}, tmp_path / "expected.pt")
-    size = (tmp_path / "program.pt2").stat().st_size
-    torch.export.save(mlp_program(model), tmp_path / "dense.pt2")
-    assert size < (tmp_path / "dense.pt2").stat().st_size - 40_000
-    in_fresh_process(
-        """
-ep = torch.export.load(sys.argv[1])
-ep.validate()
-expected = torch.load(sys.argv[2])
-torch.testing.assert_close(ep.module()(expected["x"]).detach(), expected["y"])
-assert sorted(n for n in ep.state_dict if n.endswith("z")) == ["down.z", "up.z"]
-again, report = ss1_compile.compress_exported(ep, reduction=1, allow_empty=True)
-assert not report.compressed
-""",
-        tmp_path / "program.pt2",
-        tmp_path / "expected.pt",
-    )
-
-
-def test_a_loaded_program_can_be_compressed(tmp_path):
-    model, x = Tied(embedding=False).eval(), torch.randn(5, D)
-    torch.export.save(exported(model, x), tmp_path / "dense.pt2")
-    new, report = ss1(torch.export.load(tmp_path / "dense.pt2"), reduction=1)
-    assert [row.name for row in report.compressed] == ["first", "second"]
-    assert not [name for name in new.state_dict if name.endswith("weight")]
-    assert_same(new.module()(x), model(x))
-
-
-@pytest.mark.slow
-def test_aot_inductor_package_runs_in_a_fresh_process(tmp_path):
-    """The operator on the CPU is Python: the package calls it through the dispatcher."""
-    model, x = Mlp().eval(), torch.randn(5, D)
-    new, _ = ss1(mlp_program(model))
-    torch.save({"x": x, "y": new.module()(x).detach()}, tmp_path / "expected.pt")
-    with torch.no_grad():
-        path = torch._inductor.aoti_compile_and_package(
-            new, package_path=str(tmp_path / "package.pt2")
-        )
-    in_fresh_process(
-        """
-run = torch._inductor.aoti_load_package(sys.argv[1])
-expected = torch.load(sys.argv[2])
-torch.testing.assert_close(run(expected["x"]), expected["y"])
-assert run(torch.randn(40, 64)).shape == (40, 64)
-""",
-        path,
-        tmp_path / "expected.pt",
-    )
-    in_fresh_process(
-        """
-try:
-    torch._inductor.aoti_load_package(sys.argv[1])(torch.randn(4, 64))
-except RuntimeError as error:
-    assert "Could not find schema for ss1::linear" in str(error), error
-else:
-    raise SystemExit("ran without the operator")
-""",
-        path,
-        imports="",
-    )
