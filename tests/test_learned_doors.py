@@ -13,6 +13,7 @@ import ss1_compile
 from ss1_compile import SS1Config, calibrate, compress, compress_exported
 from ss1_compile.checkpoint import CONFIG_FILE, read_config
 from ss1_compile.errors import CheckpointError, StructureError
+from ss1_compile.experts import SS1ExpertLinear, project_experts
 from ss1_compile.kernels import reference
 from ss1_compile.learned import LearnedStructure
 from ss1_compile.modules import SS1Linear
@@ -219,3 +220,26 @@ def test_blocks_that_are_not_finite_are_not_saved(x, tmp_path):
         model[0].sketch[0, 0, 0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="sketch has values that are not finite"):
         ss1_compile.save(model, tmp_path)
+
+
+@pytest.mark.parametrize("hashes", [1, 2])
+def test_experts_share_blocks_fitted_to_all_of_them(hashes):
+    torch.manual_seed(5)
+    experts, n, k = 3, 10, 24
+    structure = LearnedStructure(k, n, 12, 4, hashes)
+    blocks = torch.randn(structure.sketch_shape, dtype=torch.float64)
+    z = torch.randn(experts, n, structure.reduced_features, dtype=torch.float64)
+    w = torch.stack([structure.materialize(each, blocks) for each in z])
+    exact = project_experts(w, structure)
+    assert exact.error < 1e-5
+    layer = SS1ExpertLinear(structure, nn.Parameter(exact.z), exact.sketch)
+    torch.testing.assert_close(layer.weight, w)
+    assert layer.structure == structure
+    x = torch.randn(7, k, dtype=torch.float64)
+    y = layer(x, torch.tensor([2, 2, 7]))
+    torch.testing.assert_close(y[:2], x[:2] @ w[0].T)
+    torch.testing.assert_close(y[2:], x[2:] @ w[2].T)
+    rough = project_experts(torch.randn_like(w), structure)
+    shared = torch.stack([structure.materialize(each, rough.sketch) for each in rough.z])
+    assert shared.shape == w.shape
+    assert 0 < rough.error < 1

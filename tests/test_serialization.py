@@ -291,9 +291,7 @@ def test_read_config(folder):
     assert saved.package_version
     assert saved.config == SS1Config(reduction=2, min_features=8)
     assert list(saved.layers) == ["up", "down", "blocks.0", "blocks.1"]
-    assert saved.layers["down"] == SavedLayer(
-        48, 32, 2, "float32", False, reduction=2, block_k=8
-    )
+    assert saved.layers["down"] == SavedLayer(48, 32, 2, "float32", False, reduction=2, block_k=8)
     assert saved.layers["down"].block_k == saved_net().down.block_k
     save(saved_net(), folder)
     assert read_config(folder).config is None
