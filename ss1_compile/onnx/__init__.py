@@ -1,6 +1,7 @@
 """ONNX: a compressed model as one file that any runtime runs.
 
 * :func:`export_onnx` exports and verifies; :func:`from_onnx` reads the layers back;
+* :func:`compress_onnx` and :func:`estimate_onnx` start from an ONNX file instead;
 * :func:`onnx_translation_table`, :func:`attach_functions`, :func:`register_schemas` and
   :func:`inline` are its parts, for those who call ``torch.onnx.export`` themselves.
 
@@ -24,6 +25,7 @@ from ss1_compile.onnx.export import export_onnx, inline
 from ss1_compile.onnx.layers import OnnxLayer, attach_functions
 from ss1_compile.onnx.operators import DOMAIN, register_schemas
 from ss1_compile.onnx.reading import from_onnx
+from ss1_compile.onnx.rewriting import compress_onnx, estimate_onnx
 from ss1_compile.onnx.translation import onnx_translation_table
 from ss1_compile.onnx.verification import ExportReport
 
@@ -32,6 +34,8 @@ __all__ = [
     "ExportReport",
     "OnnxLayer",
     "attach_functions",
+    "compress_onnx",
+    "estimate_onnx",
     "export_onnx",
     "from_onnx",
     "inline",

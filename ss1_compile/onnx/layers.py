@@ -175,7 +175,7 @@ def add_initializer(
     while unique in initializers:
         count += 1
         unique = f"{name}.{count}"
-    tensor = ir.tensor(np.ascontiguousarray(array), name=unique)
+    tensor = ir.tensor(np.array(array, order="C"), name=unique)
     value = ir.Value(
         name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype),
         const_value=tensor,

@@ -1,5 +1,6 @@
 """PyTorch's conversion takes seconds and depends on the program and the opset alone."""
 
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -13,8 +14,9 @@ def converted_once():
     def convert(program, opset, dynamic_shapes):
         key = (id(program), opset)
         if key not in kept:
-            kept[key] = program, ir.to_proto(real(program, opset, dynamic_shapes))
-        return ir.from_proto(kept[key][1])
+            model = real(program, opset, dynamic_shapes)
+            kept[key] = program, ir.to_proto(model).SerializeToString()
+        return ir.from_proto(onnx.ModelProto.FromString(kept[key][1]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "_convert", convert)

@@ -1,0 +1,386 @@
+"""ONNX to ONNX: compress the linear layers of a file, for those who have nothing else.
+
+A layer is ``MatMul (X, W [K, N])``, perhaps with ``Add (·, B [N])`` behind it, or ``Gemm`` with
+``alpha = beta = 1``; W is an initializer, or a transposed one. It becomes one SS1 node.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ss1_compile.config import Quantization, SS1Config
+from ss1_compile.errors import CalibrationError, ConfigError
+from ss1_compile.moments import InputStatistics, Moments
+from ss1_compile.onnx import layers as onnx_layers
+from ss1_compile.onnx.files import ExternalData, check_target, publish, save_model, staging
+from ss1_compile.onnx.operators import DOMAIN, IN_FEATURES, VERSION, Operator
+from ss1_compile.onnx.quantization import EIGHT_BITS, SEVEN_BITS, check_quantization, quantize
+from ss1_compile.onnx.reading import read_model
+from ss1_compile.onnx.verification import Runner, to_numpy, to_torch
+from ss1_compile.projection import project
+from ss1_compile.report import LayerReport, Report
+from ss1_compile.structure import SS1Structure
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
+_OLDEST_OPSET = 18
+
+Feeds = Mapping[str, "np.ndarray[Any, Any]"]
+
+
+@dataclass(eq=False)
+class _Found:
+    """One linear layer of the file."""
+
+    name: str
+    node: ir.Node
+    add: ir.Node | None
+    x: ir.Value
+    weight: Tensor
+    """``[N, K]``."""
+    bias: Tensor | None
+    structure: SS1Structure | None = None
+    reason: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def compress_onnx(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: SS1Config | None = None,
+    calibration: Iterable[Feeds] | None = None,
+    *,
+    quantization: Quantization | None = None,
+    reduce_range: bool = True,
+    form: onnx_layers.Form = "function",
+    external_data: ExternalData = "auto",
+    **options: Any,
+) -> Report:
+    """Compress the linear layers of an ONNX file into another.
+
+    The file is not trusted (see :func:`ss1_compile.onnx.reading.read_model`). A model below opset
+    18 is converted first. The new file is loaded by ONNX Runtime before it takes its name, and run
+    on the first of the calibration feeds.
+
+    Args:
+        path: of the file.
+        out: of the new one; may be the same.
+        config: what to compress and how; or pass its fields as keywords. Layers are called after
+            their node, or their weight if the node has no name.
+        calibration: inputs of the file by name, a mapping per batch. Without them weights are
+            averaged, which ruins a pretrained model.
+        quantization: see :func:`ss1_compile.export_onnx`.
+        reduce_range: see :func:`ss1_compile.export_onnx`.
+        form: see :func:`ss1_compile.export_onnx`.
+        external_data: see :func:`ss1_compile.export_onnx`.
+        **options: fields of :class:`SS1Config`, in place of ``config``.
+
+    Returns:
+        A row per linear layer.
+
+    Raises:
+        CheckpointError: the file is damaged or tampered with.
+        ConfigError: bad options.
+        CalibrationError: the feeds are empty, do not fit the file, or give values not finite.
+        NothingToCompressError: no layer was compressed and ``allow_empty`` is off.
+        VerificationError: ONNX Runtime cannot load or run the result. Nothing is written.
+    """
+    config = _config(config, options)
+    check_quantization(quantization)
+    if form not in onnx_layers.FORMS:
+        raise ConfigError(f"form must be one of {list(onnx_layers.FORMS)}, got {form!r}")
+    target = check_target(out, external_data)
+    model = _modern(read_model(path))
+    found = _find(model, config)
+    batches = None if calibration is None else list(calibration)
+    with staging(target) as stage:
+        statistics = {} if batches is None else _calibrate(model, found, batches, stage)
+        if config.projection == "calibrated" and batches is None:
+            raise CalibrationError("projection='calibrated' needs calibration feeds; pass them")
+        report = Report([_rewrite(model, layer, config, statistics) for layer in found])
+        report.require_some(config)
+        report.warn_if_ruined(config.warn_error)
+        onnx_layers.share_sketches(model)
+        if quantization is not None:
+            quantize(model, quantization, SEVEN_BITS if reduce_range else EIGHT_BITS)
+        rows = [onnx_layers.describe(*node) for node in onnx_layers.ss1_nodes(model)]
+        onnx_layers.record(model, rows, config)
+        checked = stage / target.name
+        if form == "custom":
+            save_model(model, checked, external_data)
+            checked = stage / f"bodies-{target.name}"
+        onnx_layers.attach_functions(model)
+        if form == "standard":
+            onnx_layers.inline_functions(model)
+        save_model(model, checked, external_data)
+        runner = Runner(checked)
+        if batches:
+            runner.run_arrays(batches[0])
+        publish(stage, target)
+    return report
+
+
+def estimate_onnx(
+    path: str | os.PathLike[str], config: SS1Config | None = None, **options: Any
+) -> Report:
+    """What :func:`compress_onnx` would compress, with its sizes, without projecting or writing.
+
+    Args:
+        path: of the file.
+        config: what to compress and how; or pass its fields as keywords.
+        **options: fields of :class:`SS1Config`.
+
+    Returns:
+        A row per linear layer; ``bytes_after`` is what z, sketch and bias will take.
+
+    Raises:
+        CheckpointError: the file is damaged or tampered with.
+        ConfigError: bad options.
+    """
+    config = _config(config, options)
+    report = Report()
+    for layer in _find(read_model(path), config):
+        row = _row(layer)
+        if layer.structure is not None:
+            row = _compressed(row, layer, layer.structure)
+        report.layers.append(row)
+    return report
+
+
+def _config(config: SS1Config | None, options: Mapping[str, Any]) -> SS1Config:
+    if config is not None and options:
+        raise ConfigError(f"pass either config or options, not both ({', '.join(options)})")
+    config = config or SS1Config.from_dict(options)
+    if config.projection not in (None, "average", "calibrated"):
+        raise ConfigError(
+            f"projection={config.projection!r} is not available for ONNX files; compress the "
+            f"PyTorch model and export it"
+        )
+    return config
+
+
+def _modern(model: ir.Model) -> ir.Model:
+    """The model at opset 18 or later, which the bodies need."""
+    if int(model.graph.opset_imports.get("", 0)) >= _OLDEST_OPSET:
+        return model
+    from onnxscript import version_converter
+
+    version_converter.convert_version(model, _OLDEST_OPSET, fallback=True)
+    return model
+
+
+# --- finding ------------------------------------------------------------------------------------
+
+
+def _find(model: ir.Model, config: SS1Config) -> list[_Found]:
+    """The linear layers of the main graph, in order, with structures or reasons."""
+    found = []
+    for node in model.graph:
+        layer = _linear(node) if node.domain == "" else None
+        if layer is None:
+            continue
+        found.append(layer)
+        if layer.reason is not None:
+            continue
+        n, k = layer.weight.shape
+        structure = config.structure_for(layer.name, k, n)
+        if isinstance(structure, str):
+            layer.reason = structure
+        elif isinstance(structure, SS1Structure):
+            layer.structure = structure
+    return found
+
+
+def _linear(node: ir.Node) -> _Found | None:
+    """The linear layer that ``node`` is, or ``None``."""
+    if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
+        return None
+    x, w = node.inputs[0], node.inputs[1]
+    weight = _weight(w)
+    if x is None or w is None or weight is None:
+        return None
+    name = node.name or w.name or node.op_type
+    layer = _Found(name, node, None, x, weight.t(), None)
+    if node.op_type == "Gemm":
+        attributes = node.attributes
+        if attributes.get_int("transB", 0):
+            layer.weight = weight
+        if attributes.get_int("transA", 0) or attributes.get_float("alpha", 1.0) != 1:
+            layer.reason = "transA or alpha"
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None:
+            layer.bias = _bias(bias, layer.weight)
+            if layer.bias is None or attributes.get_float("beta", 1.0) != 1:
+                layer.reason = "beta, or a bias that is no constant [N]"
+    else:
+        _absorb_add(layer)
+    return layer
+
+
+def _absorb_add(layer: _Found) -> None:
+    """Take a constant ``[N]`` that is added to the product as the bias."""
+    output = layer.node.outputs[0]
+    uses = list(output.uses())
+    if len(uses) != 1 or output.is_graph_output() or uses[0].node.op_type != "Add":
+        return
+    add, index = uses[0]
+    other = add.inputs[1 - index]
+    bias = None if other is None else _bias(other, layer.weight)
+    if bias is not None:
+        layer.add, layer.bias = add, bias
+
+
+def _constant(value: ir.Value) -> Tensor | None:
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.dtype not in _FLOATS:
+        return None
+    return to_torch(np.array(tensor.numpy()))
+
+
+def _weight(value: ir.Value | None) -> Tensor | None:
+    """The matrix that ``value`` is, through at most one transposition."""
+    if value is None:
+        return None
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
+        inner = _constant(producer.inputs[0])
+        return inner.t() if inner is not None and inner.dim() == 2 else None
+    weight = _constant(value)
+    return weight if weight is not None and weight.dim() == 2 and weight.numel() else None
+
+
+def _bias(value: ir.Value, weight: Tensor) -> Tensor | None:
+    bias = _constant(value)
+    fits = bias is not None and bias.shape == (weight.shape[0],) and bias.dtype == weight.dtype
+    return bias if fits else None
+
+
+# --- calibrating --------------------------------------------------------------------------------
+
+
+def _calibrate(
+    model: ir.Model, found: list[_Found], batches: list[Feeds], stage: Path
+) -> dict[ir.Value, InputStatistics]:
+    """Run the model with the inputs of the chosen layers as further outputs."""
+    if not batches:
+        raise CalibrationError("the calibration data are empty; pass at least one mapping of feeds")
+    chosen = {layer.x: layer for layer in found if layer.structure is not None}
+    outputs = model.graph.outputs
+    probed = [x for x in chosen if not x.is_graph_output() and not x.is_graph_input()]
+    count = len(outputs)
+    outputs.extend(probed)
+    try:
+        save_model(model, stage / "calibration.onnx")
+    finally:
+        del outputs[count:]
+    names = [output.name for output in [*outputs, *probed]]
+    runner = Runner(stage / "calibration.onnx")
+    moments: dict[ir.Value, Moments] = {}
+    for feeds in batches:
+        missing = [name for name in runner.inputs if name not in feeds]
+        if missing or len(feeds) != len(runner.inputs):
+            raise CalibrationError(
+                f"the file takes {list(runner.inputs)}; the feeds have {list(feeds)}"
+            )
+        values = {**feeds, **dict(zip(names, runner.run_arrays(feeds), strict=True))}
+        for x, layer in chosen.items():
+            rows = to_torch(np.asarray(values[x.name or ""])).reshape(-1, layer.weight.shape[1])
+            held = moments.setdefault(x, Moments(rows.shape[1], rows.device))
+            held.absorb(rows, layer.name)
+    return {x: held.finish() for x, held in moments.items() if held.count}
+
+
+# --- rewriting ----------------------------------------------------------------------------------
+
+
+def _row(layer: _Found) -> LayerReport:
+    n, k = layer.weight.shape
+    size = layer.bytes
+    return LayerReport(layer.name, layer.node.op_type, (n, k), size, size, reason=layer.reason)
+
+
+def _compressed(row: LayerReport, layer: _Found, structure: SS1Structure) -> LayerReport:
+    element = layer.weight.element_size()
+    after = element * structure.out_features * (structure.reduced_features)
+    after += structure.code.numel() * structure.code.element_size()
+    after += 0 if layer.bias is None else layer.bias.numel() * element
+    return replace(row, bytes_after=after, reduction=structure.reduction)
+
+
+def _rewrite(
+    model: ir.Model,
+    layer: _Found,
+    config: SS1Config,
+    statistics: Mapping[ir.Value, InputStatistics],
+) -> LayerReport:
+    """Project the layer and put an SS1 node in its place; its row."""
+    row = _row(layer)
+    structure = layer.structure
+    if structure is None:
+        return row
+    known = statistics.get(layer.x)
+    if config.projection == "calibrated" and known is None:
+        return replace(row, reason="the calibration data never reached it")
+    projection = project(
+        layer.weight,
+        structure,
+        layer.bias,
+        statistics=known,
+        method=config.projection,
+        damping=config.damping,
+        name=layer.name,
+    )
+    row = replace(
+        row,
+        error=projection.error,
+        error_of=projection.error_of,
+        projection=projection.method,
+    )
+    if config.max_error is not None and projection.error > config.max_error:
+        reason = f"relative error {projection.error:.3f} exceeds max_error = {config.max_error}"
+        return replace(row, reason=reason)
+    bias = torch.zeros((), dtype=layer.weight.dtype) if layer.bias is None else projection.bias
+    assert bias is not None
+    operands = {"sketch": structure.code, "z": projection.z, "bias": bias}
+    values = [
+        onnx_layers.add_initializer(model, f"{layer.name}.{which}", to_numpy(tensor))
+        for which, tensor in operands.items()
+    ]
+    new = ir.Node(
+        DOMAIN,
+        Operator("rotation").name,
+        [layer.x, *values],
+        [ir.AttrInt64(IN_FEATURES, structure.in_features)],
+        version=VERSION,
+        name=layer.name,
+    )
+    last = layer.add or layer.node
+    onnx_layers.copy_output(last.outputs[0], new.outputs[0])
+    old = [node for node in (layer.add, layer.node) if node is not None]
+    dropped = [value for node in old for value in node.inputs]
+    graph = layer.node.graph
+    assert graph is not None
+    ir.convenience.replace_nodes_and_values(
+        graph, last, old, [new], [last.outputs[0]], [new.outputs[0]]
+    )
+    for value in dropped:
+        producer = None if value is None else value.producer()
+        if producer is not None and producer.op_type == "Transpose" and producer.graph is graph:
+            source = producer.inputs[0]
+            if value is not None and not value.uses():
+                graph.remove(producer, safe=True)
+                onnx_layers.drop_unused(model, source)
+        onnx_layers.drop_unused(model, value)
+    return _compressed(row, layer, structure)
