@@ -1,4 +1,4 @@
-"""The command ``ss1``: ``demo``, ``inspect`` and ``compress``.
+"""The command ``ss1``: ``demo``, ``inspect``, ``compress`` and ``export``.
 
 Every :class:`SS1Error` becomes one line on stderr and exit code 2; ``--debug`` shows the traceback.
 """
@@ -207,6 +207,27 @@ def compress(
             markup=False,
             soft_wrap=True,
         )
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    program: Annotated[
+        Path, typer.Argument(help="A compressed program that torch.export.save wrote (.pt2).")
+    ],
+    onnx: Annotated[Path, typer.Option(help="The ONNX file to write.")],
+    form: Annotated[str, typer.Option(help="function, standard or custom.")] = "function",
+    opset: Annotated[int, typer.Option(help="18 … 25.")] = 20,
+    quantization: Annotated[
+        str | None, typer.Option(help="int8_dynamic or int8_weight_only; default: none.")
+    ] = None,
+) -> None:
+    """Export a compressed program to ONNX and check the file against PyTorch."""
+    with _one_line_errors(context):
+        from ss1_compile.onnx.export import export_file
+
+        report = export_file(program, onnx, form=form, opset=opset, quantization=quantization)
+    Console().print(str(report), highlight=False, markup=False, soft_wrap=True)
 
 
 def _layer_bytes(layer: SavedLayer) -> tuple[int, int]:

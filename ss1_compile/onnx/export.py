@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ss1_compile.config import Quantization, SS1Config
-from ss1_compile.errors import ConfigError, ExportError
+from ss1_compile.errors import CheckpointError, ConfigError, ExportError
 from ss1_compile.onnx import layers as onnx_layers
 from ss1_compile.onnx.files import ExternalData, check_target, publish, save_model, staging
 from ss1_compile.onnx.layers import FORMS, Form
@@ -110,6 +110,24 @@ def export_onnx(
             verify_export(report, checked, program, levels, tolerance, dense)
         report.file_bytes = publish(stage, target)
     return report
+
+
+def export_file(
+    program: str | os.PathLike[str], path: str | os.PathLike[str], **options: Any
+) -> ExportReport:
+    """:func:`export_onnx` of a program that ``torch.export.save`` wrote; what ``ss1 export`` does.
+
+    Raises:
+        CheckpointError: ``program`` is no such file.
+        SS1Error: as :func:`export_onnx`.
+    """
+    try:
+        loaded = torch.export.load(os.fspath(program))
+    except Exception as error:
+        raise CheckpointError(
+            f"{os.fspath(program)} is no program that torch.export.save wrote: {error}"
+        ) from error
+    return export_onnx(loaded, (), path, **options)
 
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -237,7 +237,7 @@ def inline_functions(model: ir.Model) -> None:
 
 
 def share_sketches(model: ir.Model) -> None:
-    """Let equal sketches be one initializer: runtimes then sketch an input of q, k and v once."""
+    """Let equal sketches, as those of q, k and v, be one initializer."""
     known: dict[tuple[Any, ...], ir.Value] = {}
     for node, operator in ss1_nodes(model):
         value = operand(node, operator, "sketch")
