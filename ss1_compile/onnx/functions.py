@@ -10,7 +10,7 @@ a 0/±1 matrix on groups of 8 features: for ``X1 [M, G, c·P, 8]``,
     ``S[g, (j,u), (l,t)] = s[j,g,l] · [u = (t + h[j,g,l]/8) mod P]``.
 
 That is 1/8 of the work of the matrix on single features, and the fastest of the forms measured:
-gathering and adding takes 2 … 6 times as long in ONNX Runtime.
+gathering and adding took 1.3 … 6 times as long in ONNX Runtime.
 
 **Products.** ``Y[:, block j] = X3[:, :, j] @ Z[block j]ᵀ``. If all layers of a model agree on J,
 the J products are written out: ONNX Runtime packs constant matrices ahead, but not a batch of them
