@@ -32,6 +32,8 @@ M x K, kind            one_kernel  statistics_first  rows_first  not fused
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -443,7 +445,8 @@ def rows_first(
         RMS=rms,
         num_warps=min(16, max(4, width // 1024)),
     )
-    source, prologue, aux = normed, None, None
+    source = x if normed is None else normed
+    prologue, aux = None, None
     if statistics is not None:
         source = x if summed is None else summed
         prologue = (_columns, _normalise)
@@ -518,7 +521,7 @@ def norm_sketch(
     few = x.shape[0] <= _FEW_ROWS
     short = x.shape[1] <= _SHORT_ROW
     # the table above; a prologue costs most where values are not loaded exactly once
-    way = rows_first
+    way: Callable[..., tuple[Tensor, Tensor, Tensor]] = rows_first
     if is_rotation(code) and _suits_one_kernel(x, code, reduced_features):
         if few or (short and residual is not None and not keep_norm):
             way = one_kernel

@@ -15,9 +15,26 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ss1_compile.kernels import triton_blocks, triton_decode, triton_gemm, triton_sketch
+from ss1_compile.kernels import (
+    triton_activation,
+    triton_blocks,
+    triton_decode,
+    triton_epilogue,
+    triton_gemm,
+    triton_norm,
+    triton_quantized_decode,
+    triton_quantized_gemm,
+    triton_quantized_sketch,
+    triton_sketch,
+)
 
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
 calls = []
 
 
@@ -55,29 +72,88 @@ def launch_all():
         triton_decode.stream(zeros(4, 16, 1024), zeros(14336, 1024), None, pdl=pdl)
 
 
+def launch_fused():
+    def zeros(*shape, dtype=torch.bfloat16):
+        return torch.zeros(shape, dtype=dtype)
+
+    x, vector = zeros(4096, 1024), zeros(1024)
+    wide = zeros(4096, 2048)
+    for code in (zeros(4, 4, 4, dtype=torch.int32), zeros(1, 8, 128, 32)):
+        operands = (vector, vector, code, 256, 1e-5, False, False)
+        triton_norm.norm_sketch(x, x, *operands)
+        triton_norm.norm_sketch(x[:16], None, *operands)
+        if code.dtype == torch.int32:  # the way for long rows of a rotation
+            triton_norm.statistics_first(x, None, *operands)
+        triton_activation.activation_sketch(x, None, code, 256, "gelu")
+        triton_activation.activation_sketch(wide[:, :1024], wide[:, 1024:], code, 256, "silu")
+    triton_epilogue.finish(x, vector, x, "gelu")
+
+
+def launch_quantized(dtype):
+    def zeros(*shape, dtype=dtype):
+        return torch.zeros(shape, dtype=dtype)
+
+    bf16, f32 = torch.bfloat16, torch.float32
+    x = zeros(4096, 2048, dtype=bf16)
+    for c, block_k, variant in ((2, 64, "gather"), (4, 128, "gather"), (8, 64, "permute")):
+        code = zeros(c, 2048 // c // block_k, c, dtype=torch.int32)
+        triton_quantized_sketch.rotation(x, code, 2048 // c, dtype, variant=variant)
+        triton_quantized_sketch.rotation(x[:16], code, 2048 // c, dtype)
+    triton_quantized_sketch.learned(x, zeros(1, 16, 128, 32, dtype=bf16), dtype)
+    triton_quantized_sketch.quantize_rows(zeros(1, 16, 1024, dtype=f32), dtype)
+    scale, bias = zeros(4096, 1, dtype=f32), zeros(4096, dtype=bf16)
+    z = zeros(4096, 1024)
+    code = zeros(4, 16, 4, dtype=torch.int32)
+    triton_quantized_decode.gemv(zeros(1, 4096, dtype=bf16), code, z, scale, bias)
+    for pdl in (False, True):
+        args = (z, scale, bias, bf16)
+        triton_quantized_decode.stream(zeros(4, 16, 1024), zeros(4, 16, dtype=f32), *args, pdl=pdl)
+        triton_quantized_decode.stream(zeros(4, 64, 1024, dtype=bf16), None, *args, pdl=pdl)
+        grouped = (z, zeros(4096, 8, dtype=f32), bias, bf16)
+        triton_quantized_decode.stream(zeros(4, 64, 1024, dtype=bf16), None, *grouped, pdl=pdl)
+    q, q_scale = zeros(4, 4096, 1024), zeros(4, 4096, dtype=f32)
+    for kwargs in (
+        {},
+        {"pdl": True},
+        {"activation": "gelu", "residual": zeros(4096, 4096, dtype=bf16)},
+    ):
+        triton_quantized_gemm.grouped_matmul(q, q_scale, z, scale, bias, bf16, **kwargs)
+    triton_quantized_gemm.grouped_matmul(q, q_scale, z, scale, bias.float(), f32)
+    triton_quantized_gemm.widen(z, scale, bf16)
+
+
 def compile_for(capability, kernel, args, kwargs):
     """The compiled kernel for arguments specialised as at a launch."""
     options = {k: kwargs[k] for k in ("num_warps", "num_stages") if k in kwargs}
     kwargs = {k: v for k, v in kwargs.items() if k not in (*options, "launch_pdl")}
     signature, constants, attributes = {}, {}, {}
+
+    def describe(value, at, plain):
+        """The type of one argument, or of a tuple of them; ``at`` is its path."""
+        if isinstance(value, tuple):
+            return tuple(describe(part, (*at, index), plain) for index, part in enumerate(value))
+        if value is None or (type(value) is int and value == 1 and plain):
+            constants[at] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[at] = [["tt.divisibility", 16]]
+            return "*" + TYPES[value.dtype]
+        if isinstance(value, TensorDescriptor):
+            shape = str(list(value.block_shape)).replace(" ", "")
+            return f"tensordesc<{TYPES[value.base.dtype]}{shape}>"
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and plain:
+            attributes[at] = [["tt.divisibility", 16]]
+        return "i32" if abs(value) < 2**31 else "i64"
+
     bound = kernel.signature.bind(*args, **kwargs).arguments
     for parameter, (name, value) in zip(kernel.params, bound.items(), strict=True):
         at = (parameter.num,)
-        plain = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None:
+        if parameter.is_constexpr:
             signature[name], constants[at] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            attributes[at] = [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
-            shape = str(list(value.block_shape)).replace(" ", "")
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{shape}>"
-        elif value == 1 and plain:
-            signature[name], constants[at] = "constexpr", 1
         else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and plain:
-                attributes[at] = [["tt.divisibility", 16]]
+            signature[name] = describe(value, at, not parameter.do_not_specialize)
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -85,8 +161,12 @@ def compile_for(capability, kernel, args, kwargs):
 def main():
     capability = int(sys.argv[1])
     JITFunction.__getitem__ = record
-    triton_gemm._processors = lambda device: 132
+    triton_gemm._processors = triton_quantized_gemm._processors = lambda device: 132
     launch_all()
+    launch_fused()
+    launch_quantized(torch.int8)
+    if capability >= 90:
+        launch_quantized(torch.float8_e4m3fn)
     for kernel, args, kwargs in calls:
         if capability < 90 and (kwargs.get("PDL") or kernel.fn.__name__ == "_gemm_kernel"):
             continue  # not launched there
