@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
@@ -34,9 +35,10 @@ def measure(names: list[str]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     known = json.loads(RESULT.read_text())["models"] if RESULT.exists() else {}
+    commit = _commit()
     for name in names or list(ARCHITECTURES):
         result = examine(ARCHITECTURES[name])
-        known[name] = result.to_dict()
+        known[name] = {**result.to_dict(), "commit": commit}
         for failure in result.failures:
             print(f"{name}: {failure}", file=sys.stderr)
         print(f"{name}: {len(result.failures)} failures, {result.seconds} s", flush=True)
@@ -44,6 +46,11 @@ def measure(names: list[str]) -> None:
         versions = {"torch": torch.__version__, "transformers": _version("transformers")}
         document = {"versions": versions, "models": ordered}
         RESULT.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout[:-1]
 
 
 def _version(package: str) -> str:
@@ -69,6 +76,9 @@ def page(document: Mapping[str, Any]) -> str:
         door["error"] for r in results for door in r["doors"].values() if door["error"] is not None
     ]
     failures = [(r["name"], text) for r in results for text in r["failures"]]
+    commits = {r["commit"] for r in results}
+    measured = f"Measured at {'commit' if len(commits) == 1 else 'the commits'} "
+    measured += ", ".join(f"`{commit}`" for commit in sorted(commits)) + "."
     lines = [
         "# The zoo",
         "",
@@ -89,8 +99,7 @@ def page(document: Mapping[str, Any]) -> str:
         "The percentages are the part of the linear FLOPs (products of activations with",
         "parameters, 1×1 convolutions included, larger convolutions not) that became SS1. The",
         "models are tiny: a head of 97 tokens weighs more, and a router less, than in a real one.",
-        "`timm` is not in it (it needs `torchvision`). Each model was measured with the version of",
-        "the library that was current when its result was written; run the script to renew all.",
+        f"`timm` is not in it (it needs `torchvision`). {measured}",
         "",
         "| models | number | " + " | ".join(DOORS.values()) + " |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -46,8 +46,8 @@ def spell_out_attention(
     function = _FUNCTIONS[node.target]
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
     for i, leaf in enumerate(leaves):  # with dynamic=True even the number of heads is symbolic
-        if isinstance(example(leaf), torch.SymInt):
-            leaves[i] = int(example(leaf))
+        if isinstance(value := example(leaf), torch.SymInt | torch.SymFloat):
+            leaves[i] = int(value) if isinstance(value, torch.SymInt) else float(value)
     inputs = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
     values = [example(node) for node in inputs]
     if not all(isinstance(value, Tensor) and not value.is_nested for value in values):

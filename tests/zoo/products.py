@@ -121,6 +121,9 @@ def watch(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Product], i
             model(**inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        # Dynamo skips the frame of torch.cond under a mode, and remembers it: without a reset the
+        # next torch.cond would fail (torch 2.13).
+        torch._dynamo.reset()
     return list(mode.products.values()), mode.convolution_flops
 
 

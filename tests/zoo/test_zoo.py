@@ -17,17 +17,9 @@ SAMPLE = (
     "checkpointed",
     "weight-norm",
 )
-BROKEN = {
-    "torch.cond": "Dynamo refuses the eager torch.cond of a copied model; not understood yet",
-}
-
-
-def marks(name):
-    made = [] if name in SAMPLE else [pytest.mark.zoo]
-    return [*made, pytest.mark.xfail(reason=BROKEN[name])] if name in BROKEN else made
-
-
-EVERY = [pytest.param(name, marks=marks(name)) for name in ARCHITECTURES]
+EVERY = [
+    pytest.param(name, marks=() if name in SAMPLE else pytest.mark.zoo) for name in ARCHITECTURES
+]
 
 
 @pytest.mark.parametrize("name", EVERY)
