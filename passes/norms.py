@@ -109,20 +109,21 @@ def _spelt_out(root: fx.Node) -> Norm | None:
     weight: fx.Node | None = None
     scaled = _scaled(node, seen)
     if scaled is None and node.target in _MULTIPLY:
-        for weight, inner in _either_order(node):
-            if getattr(example(weight), "ndim", 0) == 1:
+        for vector, inner in _either_order(node):
+            if getattr(example(vector), "ndim", 0) == 1:
                 before = len(seen)
                 scaled = _scaled(_uncast(inner, seen), seen)
                 if scaled is not None:
+                    weight = vector
                     seen.append(node)
                     break
                 del seen[before:]
     if scaled is None:
         return None
     x, eps = scaled
-    while example(x).dtype != example(root).dtype and (inner := _cast_input(x)) is not None:
+    while example(x).dtype != example(root).dtype and (uncast := _cast_input(x)) is not None:
         seen.append(x)
-        x = inner
+        x = uncast
     if any(_narrowed(inside, root) for inside in seen):
         return None
     return Norm(root, x, weight, None, eps, rms=True, nodes=frozenset({root, *seen}))
@@ -131,10 +132,10 @@ def _spelt_out(root: fx.Node) -> Norm | None:
 def _scaled(node: fx.Node, seen: list[fx.Node]) -> tuple[fx.Node, float] | None:
     """``(x, ε)`` of ``x · rsqrt(mean(x²) + ε)`` or ``x / sqrt(mean(x²) + ε)``."""
     if node.target in _MULTIPLY:
-        pairs = list(_either_order(node))
+        pairs: list[tuple[Any, Any]] = list(_either_order(node))
         roots: Any = _RSQRT
     elif node.target in _DIVIDE and len(node.args) == 2:
-        pairs = [(node.args[0], node.args[1])]  # type: ignore[list-item]
+        pairs = [(node.args[0], node.args[1])]
         roots = _SQRT
     else:
         return None

@@ -8,6 +8,7 @@ reported and saved like any other.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,11 @@ class SS1MultiheadAttention(nn.Module):
     in_proj_weight = None
     in_proj_bias = None
     _qkv_same_embed_dim = False
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    bias_k: nn.Parameter | None
+    bias_v: nn.Parameter | None
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         """Take over the parameters of ``attention``; dense, and sharing their memory."""
@@ -47,9 +53,9 @@ class SS1MultiheadAttention(nn.Module):
         self.dropout = attention.dropout
         self.batch_first = attention.batch_first
         self.add_zero_attn = attention.add_zero_attn
-        bias = attention.in_proj_bias
+        bias: nn.Parameter | None = attention.in_proj_bias
         biases = [None] * 3 if bias is None else bias.chunk(3)
-        packed = attention.in_proj_weight
+        packed = cast("nn.Parameter | None", attention.in_proj_weight)
         if packed is not None:
             weights = list(packed.chunk(3))
         else:
@@ -57,8 +63,8 @@ class SS1MultiheadAttention(nn.Module):
         for letter, weight, bias_part in zip("qkv", weights, biases, strict=True):
             setattr(self, f"{letter}_proj", _linear(weight, packed, bias_part, bias))
         self.out_proj: nn.Module = attention.out_proj
-        self.register_parameter("bias_k", attention.bias_k)
-        self.register_parameter("bias_v", attention.bias_v)
+        for name in ("bias_k", "bias_v"):
+            self.register_parameter(name, cast("nn.Parameter | None", getattr(attention, name)))
         self.train(attention.training)
 
     def forward(

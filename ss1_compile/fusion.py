@@ -82,12 +82,13 @@ class _StillEqual:
         self.equal = False
 
     def __call__(self, args: Sequence[Any]) -> bool:
-        a, b = args[self.indices[0]], args[self.indices[1]]
+        a: Tensor = args[self.indices[0]]
+        b: Tensor = args[self.indices[1]]
         if self.stamps is not None:
             (a_ref, a_version, a_pointer), (b_ref, b_version, b_pointer) = self.stamps
             if (
-                a_ref() is a
-                and b_ref() is b
+                a is a_ref()
+                and b is b_ref()
                 and a._version == a_version
                 and b._version == b_version
                 and a.data_ptr() == a_pointer

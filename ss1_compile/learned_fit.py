@@ -101,7 +101,7 @@ class LearnedFit:
                 break
         # Orthonormal columns: any basis of their span will do, and this one keeps X̃ and z in the
         # range of x and W. z is then solved for the blocks as they were rounded.
-        stored = torch.linalg.qr(sweeps.blocks)[0].to(dtype)
+        stored: Tensor = torch.linalg.qr(sweeps.blocks)[0].to(dtype)
         self.blocks = stored.double()
         gram = _sketch(_from_left(self._moment, self.blocks).t(), self.blocks)
         self._solver = self._factor(gram)
