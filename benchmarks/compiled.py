@@ -1,0 +1,226 @@
+"""Time a module as it is and with SS1 layers, both compiled, in one run.
+
+What ``blocks.py`` and ``models.py`` share. Weights are random: SS1 layers are initialised, not
+projected, because only the time matters here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from ss1_compile import SS1Linear, SS1Structure
+from ss1_compile.learned import LearnedStructure
+from ss1_compile.modules import put_layer
+
+DENSE_MODE = "max-autotune-no-cudagraphs"
+KINDS = ("rotation", "learned")
+Choose = Callable[[str], "int | None"]
+"""Qualified name of a linear layer → its reduction c, or None to leave it dense."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compress a model.
+
+    Attributes:
+        label: what is compressed, for the table ("all linears, c = 4").
+        choose: the reduction per layer.
+        kinds: the sketches to measure.
+    """
+
+    label: str
+    choose: Choose
+    kinds: Sequence[str] = KINDS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model at one input size.
+
+    Attributes:
+        model: the name that variants and the results share.
+        size: the input in words ("batch 128 x 128").
+        build: a fresh model on the GPU, in bfloat16 and eval mode.
+        inputs: its arguments.
+        variants: what to compare with the dense model.
+        blocks: the parts to compile, one graph for equal ones; ``None`` compiles the whole model.
+        tokens: per call, for tokens per second.
+    """
+
+    model: str
+    size: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Any, ...]]
+    variants: Sequence[Variant]
+    blocks: Callable[[nn.Module], Iterable[nn.Module]] | None = None
+    tokens: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def ss1_linear(module: nn.Module, kind: str, c: int) -> SS1Linear:
+    """A randomly initialised SS1 layer of the sizes, dtype and device of a dense one."""
+    n, k = module.weight.shape
+    if type(module).__name__ == "Conv1D":
+        n, k = k, n
+    structure: SS1Structure | LearnedStructure
+    if kind == "rotation":
+        structure = SS1Structure.create(k, n, c)
+    else:
+        structure = LearnedStructure.create(k, n, c)
+    weight = module.weight
+    return SS1Linear(
+        structure, module.bias is not None, device=weight.device, dtype=weight.dtype
+    ).eval()
+
+
+def swap(model: nn.Module, choose: Choose, kind: str) -> int:
+    """Put SS1 layers in place of the linear layers that ``choose`` names; returns how many."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    ]
+    count = 0
+    for name, module in found:
+        c = choose(name)
+        if c is not None:
+            put_layer(model, name, ss1_linear(module, kind, c))
+            count += 1
+    if not count:
+        raise ValueError("no linear layer was chosen")
+    return count
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, shared ones once."""
+    return sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+
+
+def median_ms(call: Callable[[], object], seconds: float = 1.0) -> float:
+    """Median milliseconds per call between CUDA events, for about ``seconds`` after a warm-up."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    once = time.perf_counter() - begin
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(1 + max(7, int(seconds / once)))]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return statistics.median(times)
+
+
+def graph_ms(call: Callable[[], object], seconds: float = 1.0) -> float:
+    """As :func:`median_ms`, of replays of a CUDA graph: without the time of launching.
+
+    Transformers' models take another path while a stream is capturing, which would compile again;
+    they are told that none is.
+    """
+    graph = torch.cuda.CUDAGraph()
+    no = mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False)
+    with torch.cuda.graph(graph), no:
+        kept = call()
+    found = median_ms(graph.replay, seconds)
+    del kept
+    return found
+
+
+def compile_parts(case: Case, model: nn.Module, **options: Any) -> nn.Module:
+    """Compile the case's blocks in place, or the whole model."""
+    torch._dynamo.reset()
+    if case.blocks is None:
+        model.compile(dynamic=False, **options)
+    else:
+        for block in case.blocks(model):
+            block.compile(dynamic=False, **options)
+    return model
+
+
+def run(
+    case: Case, model: nn.Module, seconds: float, profile: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Milliseconds (launched and replayed), first call, peak and weight bytes of one model.
+
+    With ``profile`` also ``kernels``, see :func:`kernel_times`.
+    """
+    weights = tensor_bytes(model)
+    inputs = case.inputs()
+    compile_parts(case, model, **options)
+    with torch.no_grad():
+        begin = time.perf_counter()
+        model(*inputs)
+        torch.cuda.synchronize()
+        first_call = time.perf_counter() - begin
+        torch.cuda.reset_peak_memory_stats()
+        model(*inputs)
+        torch.cuda.synchronize()
+        row = {
+            "ms": round(median_ms(lambda: model(*inputs), seconds), 4),
+            "graph_ms": round(graph_ms(lambda: model(*inputs), seconds), 4),
+            "first_call_s": round(first_call, 1),
+            "peak_mb": round(torch.cuda.max_memory_allocated() / 2**20),
+            "weights_mb": round(weights / 2**20, 1),
+        }
+        if case.tokens:
+            row["tokens_per_s"] = round(case.tokens / row["graph_ms"] * 1e3)
+        if profile:
+            row["kernels"] = kernel_times(lambda: model(*inputs))
+    return row
+
+
+def measure(case: Case, seconds: float = 0.5, profiled: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The dense row of a case, then a row per variant and kind.
+
+    The variants of the labels ``profiled``, and ``"dense"``, have their kernels listed.
+    """
+    head = {"model": case.model, "size": case.size, **case.extra}
+    model = case.build()
+    dense = run(case, model, seconds, "dense" in profiled, mode=DENSE_MODE)
+    rows = [{**head, "variant": "dense", "kind": None, **dense}]
+    del model
+    for variant in case.variants:
+        for kind in variant.kinds:
+            torch.cuda.empty_cache()
+            model = case.build()
+            swapped = swap(model, variant.choose, kind)
+            found = run(case, model, seconds, variant.label in profiled, backend="ss1")
+            row = {**head, "variant": variant.label, "kind": kind, "layers": swapped, **found}
+            row["speedup"] = round(dense["ms"] / found["ms"], 3)
+            row["graph_speedup"] = round(dense["graph_ms"] / found["graph_ms"], 3)
+            rows.append(row)
+            del model
+    torch.cuda.empty_cache()
+    return rows
+
+
+def kernel_times(call: Callable[[], object]) -> list[dict[str, Any]]:
+    """Microseconds per kernel of one call, in order of launch: where the time of a block goes."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            call()
+        torch.cuda.synchronize()
+    totals: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.device_time:
+            totals.setdefault(event.name, []).append(event.device_time)
+    return [
+        {"kernel": name[:120], "calls": len(times) / 5, "us": round(sum(times) / 5, 2)}
+        for name, times in totals.items()
+    ]

@@ -1,0 +1,225 @@
+"""Write docs/models.md and its plots from the JSON files of ``blocks.py`` and ``models.py``.
+
+python benchmarks/render_models.py           # write
+python benchmarks/render_models.py --check   # exit code 1 if the page is out of date
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+from render import ROOT, markdown, pick, verdict
+
+PAGE = ROOT / "docs" / "models.md"
+PROFILE = ROOT / "docs" / "images" / "block_profile.svg"
+BATCHES = ROOT / "docs" / "images" / "bert_batches.svg"
+Row = Mapping[str, Any]
+Result = Mapping[str, Any]
+
+CLASSES = (
+    (
+        "matrix product",
+        r"gemm|nvjet|cutlass|_stream|_gemv|splitK|matmul|triton_(tem|mm)",
+        "#1b6ca8",
+    ),
+    ("norm, activation and sketch", r"norm|activation|prologue|fused_sketch", "#3a7d44"),
+    ("sketch", r"sketch|rotation|blocks", "#8fbf6b"),
+    ("elementwise", r".", "#c8553d"),
+)
+
+
+def kernel_class(name: str) -> str:
+    """What a kernel does, from its name. Inductor's own kernels are elementwise here."""
+    if re.match(r"triton_(poi|red|per)_", name):
+        return CLASSES[-1][0]
+    return next(label for label, pattern, _ in CLASSES if re.search(pattern, name, re.IGNORECASE))
+
+
+def target_rows(blocks: Result, models: Result) -> list[list[str]]:
+    """The block and model rows of the targets: target, measured per kind, verdict."""
+    paper, every = "14 layers of the paper, c = 8", "all encoder linears, c = 4"
+    wanted: list[tuple[str, Sequence[Row], dict[str, Any], float, float]] = [
+        ("feed-forward block 16384 x (1024 → 4096 → 1024), c = 4", blocks["blocks"],
+         {"model": "feed-forward 1024/4096", "variant": "c = 4"}, 2.3, 2.6),
+        ("feed-forward block 8192 x (4096 → 14336 → 4096), c = 4", blocks["blocks"],
+         {"model": "feed-forward 4096/14336", "variant": "c = 4"}, 3.1, 3.1),
+        (f"BERT-large, {paper}, batch 128 x 128", models["rows"],
+         {"model": "bert-large", "batch": 128, "variant": paper}, 1.45, 1.45),
+        *((f"BERT-large, {paper}, batch {batch} x 128", models["rows"],
+           {"model": "bert-large", "batch": batch, "variant": paper}, 1.0, 1.0)
+           for batch in (8, 16, 32, 64)),
+        (f"BERT-large, {every}, batch 128 x 128", models["rows"],
+         {"model": "bert-large", "batch": 128, "variant": every}, 1.9, 1.9),
+        ("GPT2-L, FFN only, c = 8", models["rows"],
+         {"model": "gpt2-l", "variant": "FFN, c = 8"}, 1.4, 1.4),
+        ("Llama-3-8B shapes, prefill 8192, layers 18-27, c = 8", models["rows"],
+         {"model": "llama-3-8b", "variant": "layers 18-27, c = 8"}, 1.25, 1.25),
+        ("Llama-3-8B shapes, prefill 8192, all layers, c = 4", models["rows"],
+         {"model": "llama-3-8b", "variant": "all layers, c = 4"}, 2.3, 2.3),
+    ]  # fmt: skip
+    lines = []
+    for name, rows, where, rotation, learned in wanted:
+        for kind, target in (("rotation", rotation), ("learned", learned)):
+            found = pick(rows, kind=kind, **where)
+            if found:
+                launched, replayed = found[0]["speedup"], found[0]["graph_speedup"]
+                cells = [f"≥ {target:g}×", f"{launched:.2f}×", verdict(launched >= target)]
+                cells += [f"{replayed:.2f}×", verdict(replayed >= target)]
+                lines.append([f"{name}, {kind}", *cells])
+    return lines
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Every measured row: time, speed-up launched and replayed, memory, first call."""
+    lines = []
+    for row in rows:
+        speedup = [f"{row[name]:.2f}×" if row.get(name) else "" for name in
+                   ("speedup", "graph_speedup")]  # fmt: skip
+        rate = [f"{row['tokens_per_s']}" if row.get("tokens_per_s") else ""]
+        lines.append(
+            [
+                f"{row['model']}, {row['size']}",
+                row["variant"],
+                row["kind"] or "",
+                f"{row['ms']:.2f}",
+                speedup[0],
+                f"{row['graph_ms']:.2f}",
+                speedup[1],
+                *rate,
+                str(row["peak_mb"]),
+                f"{row['weights_mb']:.0f}",
+                f"{row['first_call_s']:.0f}",
+            ]
+        )
+    columns = ["model", "compressed", "sketch", "ms", "over dense", "replayed, ms", "over dense"]
+    return markdown([*columns, "tokens/s", "peak, MB", "weights, MB", "first call, s"], lines)
+
+
+def fusion_table(blocks: Result) -> str:
+    """What the fusion passes bring: each block with and without them."""
+    lines = []
+    for row in blocks["unfused"]:
+        same = {key: row[key] for key in ("model", "variant", "kind")}
+        fused = pick(blocks["blocks"], **same)[0]
+        cells = [f"{row[time]:.3f}" for time in ("ms", "graph_ms")]
+        cells += [f"{fused[time]:.3f}" for time in ("ms", "graph_ms")]
+        gain = row["graph_ms"] / fused["graph_ms"]
+        cells += [f"{gain:.2f}×", f"{fused['of_floor']:.2f}"]
+        lines.append([row["model"], row["variant"], row["kind"], *cells])
+    columns = ["block", "c", "sketch", "unfused, ms", "replayed", "fused, ms", "replayed"]
+    columns += ["gain, replayed", "of GEMM floor"]
+    return markdown(columns, lines)
+
+
+def plot_profiles(blocks: Result) -> None:
+    """A stacked bar per block and variant: microseconds by class of kernel."""
+    from matplotlib import pyplot as plt
+
+    bars: dict[str, list[tuple[str, Sequence[Row]]]] = {}
+    for fused, rows in ((True, blocks["blocks"]), (False, blocks["unfused"])):
+        for row in rows:
+            if row.get("kernels"):
+                label = f"{row['kind']}, {'fused' if fused else 'unfused'}"
+                label = label if row["kind"] else "dense"
+                bars.setdefault(row["model"], []).append((label, row["kernels"]))
+    figure, axes = plt.subplots(len(bars), 1, figsize=(9, 1.9 * len(bars)), squeeze=False)
+    for axis, (name, stacks) in zip(axes[:, 0], bars.items(), strict=True):
+        for at, (_, kernels) in enumerate(stacks):
+            left = 0.0
+            for label, _, color in CLASSES:
+                width = sum(k["us"] for k in kernels if kernel_class(k["kernel"]) == label)
+                axis.barh(at, width, left=left, color=color, label=label if at == 0 else None)
+                left += width
+            axis.text(left, at, f" {left:.0f}", va="center", fontsize=8)
+        axis.set_yticks(range(len(stacks)), [label for label, _ in stacks], fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(f"{name}, c = 4", fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(fontsize=7, loc="lower right")
+    axes[-1, 0].set_xlabel("microseconds of kernel time per call")
+    figure.tight_layout()
+    PROFILE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PROFILE, metadata={"Date": None})
+
+
+def plot_batches(models: Result) -> None:
+    """BERT-large: speed-up over dense by batch."""
+    from matplotlib import pyplot as plt
+
+    rows = pick(models["rows"], model="bert-large")
+    figure, axis = plt.subplots(figsize=(7, 4))
+    series = list(dict.fromkeys((r["variant"], r["kind"]) for r in rows if r["kind"]))
+    for variant, kind in series:
+        points = [(r["batch"], r["speedup"]) for r in pick(rows, variant=variant, kind=kind)]
+        style = "-" if kind == "rotation" else "--"
+        color = "#1b6ca8" if "paper" in variant else "#c8553d"
+        x, y = zip(*points, strict=True)
+        axis.plot(x, y, style, marker=".", color=color, label=f"{variant}, {kind}")
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([8, 16, 32, 64, 128], ["8", "16", "32", "64", "128"])
+    axis.set_xlabel("batch of 128 tokens")
+    axis.set_ylabel("speed-up over compiled dense")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(BATCHES, metadata={"Date": None})
+
+
+def page(blocks: Result, models: Result) -> str:
+    """The whole text."""
+    env = models["environment"]
+    return "\n".join(
+        [
+            f"""\
+# Blocks and models on a GPU
+
+One {env["gpu"]}, torch {env["torch"]}, Triton {env["triton"]}, {env["date"]}; bfloat16, random
+weights, no gradients. Written by `benchmarks/render_models.py`. Dense is compiled with
+`max-autotune-no-cudagraphs`, SS1 with `backend="ss1"`, in the same run; transformer blocks are
+compiled one by one, so that equal blocks share a graph, in both. *Replayed* is a CUDA graph of the
+same call: the time without launching.
+
+    python benchmarks/blocks.py
+    python benchmarks/models.py
+    python benchmarks/render_models.py      # this page
+""",
+            "## Targets\n\n"
+            + markdown(
+                ["what", "target", "launched", "", "replayed", ""], target_rows(blocks, models)
+            )
+            + "\n\n*Replayed* compares CUDA graphs of both. Why the misses are misses: the profile "
+            "below and [benchmarks/NOTES.md](../benchmarks/NOTES.md).\n",
+            "## Where the time of a block goes\n\n![time by kernel](images/block_profile.svg)\n",
+            "## What fusion brings\n\n" + fusion_table(blocks) + "\n",
+            "## BERT-large by batch\n\n![speed-up by batch](images/bert_batches.svg)\n",
+            "## Models\n\n" + table(models["rows"]) + "\n",
+            "## Blocks\n\n" + table(blocks["blocks"]) + "\n",
+        ]
+    )
+
+
+def main() -> None:
+    blocks, models = harness.read("blocks"), harness.read("models")
+    text = page(blocks, models)
+    if "--check" in sys.argv[1:]:
+        if not PAGE.is_file() or PAGE.read_text() != text:
+            sys.exit(f"{Path(PAGE).relative_to(ROOT)} is out of date: run render_models.py")
+        return
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "ss1"
+    plot_profiles(blocks)
+    plot_batches(models)
+    PAGE.write_text(text)
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
