@@ -264,7 +264,7 @@ class _Compilation:
         context = torch._guards.TracingContext.try_get()
         if fake_mode is None and context is not None:
             fake_mode = context.fake_mode
-        captured_mode = _fake_mode_of(self.placeholders) or fake_mode
+        captured_mode: Any = _fake_mode_of(self.placeholders) or fake_mode
         slots: list[Slot] = []
         layout: dict[int, tuple[int, str]] = {}  # id of a new input's tensor → where it comes from
         constants: list[Tensor] = []
