@@ -1,6 +1,8 @@
 # Everything runs in .venv, which the first target that needs it creates and fills.
 # make demo   compress, check and time a pretrained model: the main job
 # make test   lint and tests, what continuous integration runs
+# make browser-demo   build examples/browser/dist, a page that runs the model in a browser; needs npm
+# make test-browser   build it and test it in headless Chromium and Node.js
 # make test-tensorrt   install TensorRT-RTX (90 MB), build engines and look into them; no GPU needed
 
 VENV := .venv
@@ -8,16 +10,25 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 DEMO_FLAGS ?=
+BROWSER_DEMO_FLAGS ?=
 
-.PHONY: demo test test-tensorrt lint format figures clean
+.PHONY: demo browser-demo test test-browser test-tensorrt lint format figures clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
 	$(BIN)/python examples/compress_minilm.py $(DEMO_FLAGS)
 
+browser-demo: $(STAMP)
+	$(BIN)/python examples/browser/build.py $(BROWSER_DEMO_FLAGS)
+
 # OMP_NUM_THREADS: two test processes with two threads each would fight over two cores.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not zoo" $(PYTEST_FLAGS)
+
+# Uses the Chromium of the system: playwright's own is another 150 MB.
+test-browser: browser-demo
+	$(BIN)/python -m pip install playwright==1.65.2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/test_browser_demo.py
 
 # Separate because of the size of TensorRT. Without a GPU engines are built and not run.
 test-tensorrt: $(STAMP)
