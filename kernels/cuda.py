@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ss1_compile.kernels import lowering, portable
+from ss1_compile.kernels.launch import device_of
 from ss1_compile.kernels.layout import block_n, is_rotation
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -74,7 +75,7 @@ def sketch(x: Tensor, code: Tensor, reduced_features: int) -> Tensor:
     """``X̃ [J, M, K_c]`` of ``x [M, K]``, contiguous, in x's dtype. See :mod:`.layout`."""
     if not _usable(x, code, reduced_features):
         return portable.sketch(x, code, reduced_features)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         return _sketch(x, code, reduced_features)
 
 
@@ -83,7 +84,7 @@ def unsketch(g: Tensor, code: Tensor, in_features: int) -> Tensor:
     kernels = _triton()
     if kernels is None or not _usable(g, code, g.shape[2]):
         return portable.unsketch(g, code, in_features)
-    with torch.cuda.device_of(g):
+    with device_of(g):
         result: Tensor
         if is_rotation(code):
             result = kernels[0].unsketch(g, code.contiguous(), in_features)
@@ -92,22 +93,20 @@ def unsketch(g: Tensor, code: Tensor, in_features: int) -> Tensor:
         return result
 
 
+_layer = lru_cache(maxsize=4096)(lowering.Layer)
+"""One object for equal layers: making and comparing them costs more than a look-up."""
+
+
 def describe(
     rows: int, in_features: int, code: Tensor, z: Tensor, bias: Tensor | None
 ) -> lowering.Layer:
     """The key under which :mod:`.lowering` chooses, for ``x [rows, in_features]`` of z's dtype."""
-    width = block_n(z.shape[0], code.shape[0])
-    return lowering.Layer(
-        rows=rows,
-        in_features=in_features,
-        out_features=z.shape[0],
-        reduced_features=z.shape[1],
-        hashes=code.shape[0],
-        kind="rotation" if is_rotation(code) else "learned",
-        dtype=_DTYPES[z.dtype],
-        bias=bias is not None,
-        tma=_suits_tma(z, width),
-    )
+    out_features, reduced = z.shape
+    hashes = code.shape[0]
+    tma = _suits_tma(z, block_n(out_features, hashes))
+    kind = "rotation" if is_rotation(code) else "learned"
+    sizes = (rows, in_features, out_features, reduced, hashes)
+    return _layer(*sizes, kind, _DTYPES[z.dtype], bias is not None, tma)
 
 
 def _suits_tma(z: Tensor, width: int) -> bool:
@@ -124,17 +123,11 @@ def _suits_tma(z: Tensor, width: int) -> bool:
 def describe_product(sketched: Tensor, z: Tensor, bias: Tensor | None) -> lowering.Layer:
     """The key for :func:`.lowering.choose_product`: ``X̃ [J, M, K_c]`` and ``z [N, K_c]``."""
     hashes, rows, reduced = sketched.shape
-    return lowering.Layer(
-        rows=rows,
-        in_features=reduced,
-        out_features=z.shape[0],
-        reduced_features=reduced,
-        hashes=hashes,
-        kind="learned" if hashes == 1 else "rotation",
-        dtype=_DTYPES[z.dtype],
-        bias=bias is not None,
-        tma=_suits_tma(z, block_n(z.shape[0], hashes)) and sketched.data_ptr() % 16 == 0,
-    )
+    out_features = z.shape[0]
+    tma = _suits_tma(z, block_n(out_features, hashes)) and sketched.data_ptr() % 16 == 0
+    kind = "learned" if hashes == 1 else "rotation"
+    sizes = (rows, reduced, out_features, reduced, hashes)
+    return _layer(*sizes, kind, _DTYPES[z.dtype], bias is not None, tma)
 
 
 def expected(
@@ -182,13 +175,13 @@ def linear(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None = None) -> Te
     kernels = _triton()
     if kernels is None or not _usable(x, code, z.shape[1]):
         return portable.linear(x, code, z, bias)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], z.shape[0])
     if z.stride(1) != 1:
         z = z.contiguous()
     _, _, gemm, decode = kernels
-    with torch.cuda.device_of(x):
+    with device_of(x):
         layer = describe(flat.shape[0], flat.shape[1], code, z, bias)
         chosen = lowering.choose(layer, _device_name(x.device))
         y: Tensor
@@ -202,4 +195,4 @@ def linear(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None = None) -> Te
             y = gemm.grouped_matmul(_sketch(flat, code, z.shape[1], pdl), z, bias, pdl=pdl)
         else:
             y = library_matmul(_sketch(flat, code, z.shape[1]), z, bias)
-    return y.view(*x.shape[:-1], z.shape[0])
+    return y if flat is x else y.view(*x.shape[:-1], z.shape[0])

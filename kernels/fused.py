@@ -18,13 +18,14 @@ lies between (an activation's result, its product with the gate) in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ss1_compile.kernels import fused_cuda, fused_portable
+from ss1_compile.kernels.launch import once_per_form
 from ss1_compile.kernels.layout import block_n
 from ss1_compile.kernels.op import check_sketch
 
@@ -151,6 +152,15 @@ def _check_matmul(
     return total
 
 
+def _refuse_gradients(name: str, *operands: Tensor | None) -> None:
+    """Raise ``RuntimeError`` where a gradient is wanted of an operand, rather than lose it."""
+    if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in operands):
+        raise RuntimeError(
+            f"ss1::{name} has no gradient: run under torch.no_grad(), or train through "
+            f"ss1::linear (SS1Linear), which has one"
+        )
+
+
 # --- fakes --------------------------------------------------------------------------------------
 
 
@@ -166,6 +176,7 @@ def _(
     rms: bool,
     keep_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _refuse_gradients("norm_sketch", x, residual, weight, bias, sketch)
     _check_norm_sketch(x, residual, weight, bias, sketch, reduced_features)
     rows, features = x.shape
     return (
@@ -179,6 +190,7 @@ def _(
 def _(
     x: Tensor, gate: Tensor | None, sketch: Tensor, reduced_features: int, activation: str
 ) -> Tensor:
+    _refuse_gradients("activation_sketch", x, gate, sketch)
     _check_activation_sketch(x, gate, sketch, reduced_features, activation)
     return x.new_empty(sketch.shape[0], x.shape[0], reduced_features)
 
@@ -191,6 +203,7 @@ def _(
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
+    _refuse_gradients("matmul", sketched, *z, *bias, residual)
     total = _check_matmul(sketched, z, bias, residual, activation)
     return sketched.new_empty(sketched.shape[1], total)
 
@@ -200,6 +213,29 @@ def _(
 
 def _register_device(key: str, kernels: Any) -> None:
     """Register ``kernels.norm_sketch``, ``.activation_sketch`` and ``.matmul`` behind checks."""
+
+    @once_per_form
+    def check_norm_sketch(
+        x: Tensor, residual: Tensor | None, weight: Tensor | None, *others: Any
+    ) -> None:
+        _check_norm_sketch(x, residual, weight, *others)
+        _check_rows("norm_sketch", "residual", residual, x.shape[0])
+
+    @once_per_form
+    def check_activation_sketch(x: Tensor, gate: Tensor | None, *others: Any) -> None:
+        _check_activation_sketch(x, gate, *others)
+        _check_rows("activation_sketch", "gate", gate, x.shape[0])
+
+    @once_per_form
+    def check_matmul(
+        sketched: Tensor,
+        z: Sequence[Tensor],
+        bias: Sequence[Tensor | None],
+        residual: Tensor | None,
+        activation: str,
+    ) -> None:
+        _check_matmul(sketched, z, bias, residual, activation)
+        _check_rows("matmul", "residual", residual, sketched.shape[1])
 
     def norm_sketch(
         x: Tensor,
@@ -212,8 +248,8 @@ def _register_device(key: str, kernels: Any) -> None:
         rms: bool,
         keep_norm: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _check_norm_sketch(x, residual, weight, bias, sketch, reduced_features)
-        _check_rows("norm_sketch", "residual", residual, x.shape[0])
+        _refuse_gradients("norm_sketch", x, residual, weight, bias, sketch)
+        check_norm_sketch(x, residual, weight, bias, sketch, reduced_features)
         results: tuple[Tensor, Tensor, Tensor] = kernels.norm_sketch(
             x, residual, weight, bias, sketch, reduced_features, eps, rms, keep_norm
         )
@@ -222,8 +258,8 @@ def _register_device(key: str, kernels: Any) -> None:
     def activation_sketch(
         x: Tensor, gate: Tensor | None, sketch: Tensor, reduced_features: int, activation: str
     ) -> Tensor:
-        _check_activation_sketch(x, gate, sketch, reduced_features, activation)
-        _check_rows("activation_sketch", "gate", gate, x.shape[0])
+        _refuse_gradients("activation_sketch", x, gate, sketch)
+        check_activation_sketch(x, gate, sketch, reduced_features, activation)
         sketched: Tensor = kernels.activation_sketch(x, gate, sketch, reduced_features, activation)
         return sketched
 
@@ -234,8 +270,8 @@ def _register_device(key: str, kernels: Any) -> None:
         residual: Tensor | None,
         activation: str,
     ) -> Tensor:
-        _check_matmul(sketched, z, bias, residual, activation)
-        _check_rows("matmul", "residual", residual, sketched.shape[1])
+        _refuse_gradients("matmul", sketched, *z, *bias, residual)
+        check_matmul(sketched, z, bias, residual, activation)
         y: Tensor = kernels.matmul(sketched, z, bias, residual, activation)
         return y
 
@@ -249,27 +285,7 @@ _register_device("CUDA", fused_cuda)
 
 # --- autograd -----------------------------------------------------------------------------------
 
-
-def _refuse_gradients(name: str) -> Callable[..., Any]:
-    """The operator itself where no gradient is wanted of an operand; else a ``RuntimeError``."""
-    op = getattr(torch.ops.ss1, name).default
-
-    def wants_gradient(operand: Any) -> bool:
-        if isinstance(operand, (list, tuple)):
-            return any(map(wants_gradient, operand))
-        return isinstance(operand, Tensor) and operand.requires_grad
-
-    def forward(*operands: Any) -> Any:
-        if torch.is_grad_enabled() and wants_gradient(operands):
-            raise RuntimeError(
-                f"ss1::{name} has no gradient: run under torch.no_grad(), or train through "
-                f"ss1::linear (SS1Linear), which has one"
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*operands)
-
-    return forward
-
-
+# No gradient: kernels and fakes refuse by themselves, and dispatch passes over autograd. A Python
+# kernel there would cost a second dispatch at every call, some 10 µs of the host's time.
 for _name in _SCHEMAS:
-    _LIBRARY.impl(_name, _refuse_gradients(_name), "Autograd")
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")

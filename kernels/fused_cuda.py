@@ -7,12 +7,30 @@ of no power of two, no Triton) the operators are composed of PyTorch functions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ss1_compile.kernels import cuda, fused_portable, lowering
-from ss1_compile.kernels.layout import is_rotation
+from ss1_compile.kernels.launch import device_of
+
+
+@cache
+def _producers() -> tuple[ModuleType, ModuleType]:
+    """The Triton launchers ``(norm, activation)``; at every call an import statement adds up."""
+    from ss1_compile.kernels import triton_activation, triton_norm
+
+    return triton_norm, triton_activation
+
+
+@cache
+def _products() -> tuple[ModuleType, ModuleType]:
+    """The Triton launchers ``(decode, gemm)``."""
+    from ss1_compile.kernels import triton_decode, triton_gemm
+
+    return triton_decode, triton_gemm
 
 
 def norm_sketch(
@@ -30,12 +48,12 @@ def norm_sketch(
     operands = (x, residual, weight, bias, sketch, reduced_features, eps, rms, keep_norm)
     if not x.shape[0] or not cuda._usable(x, sketch, reduced_features):
         return fused_portable.norm_sketch(*operands)
-    from ss1_compile.kernels import triton_norm
-
+    triton_norm, _ = _producers()
     if x.shape[1] > triton_norm.MAX_FEATURES:
         return fused_portable.norm_sketch(*operands)
-    with torch.cuda.device_of(x):
-        return triton_norm.norm_sketch(*operands)
+    with device_of(x):
+        results: tuple[Tensor, Tensor, Tensor] = triton_norm.norm_sketch(*operands)
+    return results
 
 
 def activation_sketch(
@@ -44,13 +62,12 @@ def activation_sketch(
     """``X̃`` of ``act(x)``, or of ``act(gate)·x``; see :mod:`.triton_activation`."""
     if not cuda._usable(x, sketch, reduced_features):
         return fused_portable.activation_sketch(x, gate, sketch, reduced_features, activation)
-    if activation == "gelu" and gate is None and not is_rotation(sketch):
-        # 16384 x 4096: 180 µs fused and 138 apart. The block product has no time to spare for it.
-        return fused_portable.activation_sketch(x, gate, sketch, reduced_features, activation)
-    from ss1_compile.kernels import triton_activation
-
-    with torch.cuda.device_of(x):
-        return triton_activation.activation_sketch(x, gate, sketch, reduced_features, activation)
+    _, triton_activation = _producers()
+    with device_of(x):
+        sketched: Tensor = triton_activation.activation_sketch(
+            x, gate, sketch, reduced_features, activation
+        )
+    return sketched
 
 
 def _adjacent(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -109,8 +126,7 @@ def _product(
     out: Tensor,
 ) -> None:
     """``act(X̃ zᵀ + b) + residual`` of one z, into ``out [M, N]``, a column slice of y."""
-    from ss1_compile.kernels import triton_decode, triton_gemm
-
+    triton_decode, triton_gemm = _products()
     if z.stride(1) != 1:
         z = z.contiguous()
     layer = cuda.describe_product(sketched, z, bias)
@@ -149,7 +165,10 @@ def matmul(
         if together is not None and (start is not None or all(b is None for b in bias)):
             z, bias = [together], [start]
     y = sketched.new_empty(sketched.shape[1], sum(part.shape[0] for part in z))
-    with torch.cuda.device_of(sketched):
+    with device_of(sketched):
+        if len(z) == 1:
+            _product(sketched, z[0], bias[0], residual, activation, y)
+            return y
         first = 0
         for part, start in zip(z, bias, strict=True):
             columns = slice(first, first + part.shape[0])

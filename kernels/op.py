@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ss1_compile.kernels import cuda, native
+from ss1_compile.kernels.launch import once_per_form
 from ss1_compile.kernels.layout import block_n, group_size, is_rotation
 from ss1_compile.kernels.transforms import multilinear_tangent, register_gradients
 
@@ -116,9 +117,10 @@ def _(g: Tensor, sketch: Tensor, in_features: int) -> Tensor:
 
 def _register_device(key: str, kernels: ModuleType) -> None:
     """Register ``kernels.linear``, ``.sketch`` and ``.unsketch`` behind the checks."""
+    check_linear = once_per_form(check_operands)
 
     def linear(x: Tensor, sketch: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
-        check_operands(x, sketch, z, bias)
+        check_linear(x, sketch, z, bias)
         y: Tensor = kernels.linear(x, sketch, z, bias)
         return y
 

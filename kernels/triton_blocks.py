@@ -15,12 +15,15 @@ passed as an integer, masks are not known to be whole vectors (0.60 instead of 0
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ss1_compile.kernels.launch import Launch, ceil_div, power_of_2
 
 
 @triton.jit(do_not_specialize=["M", "G", "NO", "STEPS"])
@@ -111,54 +114,55 @@ def _block_kernel(
                 acc = tl.zeros((BM, BQ), tl.float32)
 
 
-def _launch(
-    x: Tensor,
-    blocks: Tensor,
-    out: Tensor,
+@lru_cache(maxsize=4096)
+def _plan(
+    dtype: torch.dtype,
     rows: int,
+    groups: int,
     sizes: tuple[int, int, int, int],
     counts: tuple[int, int],
     strides: tuple[int, ...],
     masks: tuple[bool, bool],
     transposed: bool,
     prologue: Any,
-    aux: Any,
     pdl: bool,
-) -> None:
+) -> Launch:
     """``sizes``: P, Q, K_in, K_out; ``counts``: output and input planes."""
     p, q, columns_in, columns_out = sizes
     prepare, prologue = prologue if isinstance(prologue, tuple) else (None, prologue)
-    groups = blocks.shape[1]
-    pow2 = triton.next_power_of_2
-    wide = x.dtype == torch.float32
+    wide = dtype == torch.float32
     # 16 is the smallest side of a tensor-core product; 128 keeps three stages in shared memory
-    block_p = min(64 if wide else 128, max(16, pow2(p)))
-    block_q = min(64 if wide else 128, max(16, pow2(q)))
+    block_p = min(64 if wide else 128, max(16, power_of_2(p)))
+    block_q = min(64 if wide else 128, max(16, power_of_2(q)))
     tile = 64
-    tiles = triton.cdiv(rows, tile) * triton.cdiv(q, block_q)
+    tiles = ceil_div(rows, tile) * ceil_div(q, block_q)
     # measured best of 25 in both directions at r = 8 … 64; with few groups, cutting them leaves
     # uneven programs (0.66 instead of 0.78 of copy bandwidth at K = 768)
     most = 8 if transposed or groups <= 8 else 4
     steps = max(1, min(most, tiles * groups // 512, groups))
     deep = 4 if transposed else 3
-    stage = (tile * block_p + block_p * block_q) * x.element_size()
-    _block_kernel[(tiles * triton.cdiv(groups, steps),)](
-        *(x, blocks, out, aux, rows, columns_in, columns_out, groups, counts[0], steps),
-        *strides,
-        NI=counts[1],
-        P=p,
-        Q=q,
-        BM=tile,
-        BP=block_p,
-        BQ=block_q,
-        CHUNKS=triton.cdiv(p, block_p),
-        STAGES=deep if stage <= 48 * 1024 else 2,
-        TRANSPOSED=transposed,
-        TRIGGER=pdl,
-        MASK_IN=masks[0],
-        MASK_OUT=masks[1],
-        PREPARE=prepare,
-        PROLOGUE=prologue,
+    stage = (tile * block_p + block_p * block_q) * dtype.itemsize
+    constants = {
+        "NI": counts[1],
+        "P": p,
+        "Q": q,
+        "BM": tile,
+        "BP": block_p,
+        "BQ": block_q,
+        "CHUNKS": ceil_div(p, block_p),
+        "STAGES": deep if stage <= 48 * 1024 else 2,
+        "TRANSPOSED": transposed,
+        "TRIGGER": pdl,
+        "MASK_IN": masks[0],
+        "MASK_OUT": masks[1],
+        "PREPARE": prepare,
+        "PROLOGUE": prologue,
+    }
+    return Launch(
+        _block_kernel,
+        (tiles * ceil_div(groups, steps),),
+        (rows, columns_in, columns_out, groups, counts[0], steps, *strides),
+        constants,
         num_warps=4,
     )
 
@@ -177,34 +181,39 @@ def sketch(
     :func:`ss1_compile.kernels.triton_sketch.sketch`.
     """
     hashes, groups, size, rank = blocks.shape
+    rows, features = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
-    out = x.new_empty(hashes, x.shape[0], groups * rank)
-    if x.shape[0]:
-        _launch(
-            *(x, blocks.contiguous(), out, x.shape[0]),
-            (size, rank, x.shape[1], groups * rank),
+    reduced = groups * rank
+    out = x.new_empty(hashes, rows, reduced)
+    if rows:
+        plan = _plan(
+            *(x.dtype, rows, groups),
+            (size, rank, features, reduced),
             (hashes, 1),
-            (x.stride(0), 0, out.stride(1), out.stride(0), groups * size * rank, 0),
-            (x.shape[1] != groups * size, False),
-            *(False, prologue, aux, pdl),
+            (x.stride(0), 0, reduced, rows * reduced, groups * size * rank, 0),
+            (features != groups * size, False),
+            *(False, prologue, pdl),
         )
+        plan(x, blocks.contiguous(), out, aux)
     return out
 
 
 def unsketch(g: Tensor, blocks: Tensor, in_features: int) -> Tensor:
     """The transpose: ``[M, K]`` of ``g [J, M, G·r]``."""
     hashes, groups, size, rank = blocks.shape
+    rows, reduced = g.shape[1:]
     if g.stride(2) != 1:
         g = g.contiguous()
-    out = g.new_empty(g.shape[1], in_features)
-    if g.shape[1]:
-        _launch(
-            *(g, blocks.contiguous(), out, g.shape[1]),
-            (rank, size, g.shape[2], in_features),
+    out = g.new_empty(rows, in_features)
+    if rows:
+        plan = _plan(
+            *(g.dtype, rows, groups),
+            (rank, size, reduced, in_features),
             (1, hashes),
-            (g.stride(1), g.stride(0), out.stride(0), 0, 0, groups * size * rank),
+            (g.stride(1), g.stride(0), in_features, 0, 0, groups * size * rank),
             (False, in_features != groups * size),
-            *(True, None, None, False),
+            *(True, None, False),
         )
+        plan(g, blocks.contiguous(), out, None)
     return out

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ss1_compile.kernels.launch import Launch, ceil_div, power_of_2
 from ss1_compile.kernels.triton_gemm import ACTIVATIONS
 
 
@@ -161,6 +162,27 @@ def dependent_launch(device: torch.device) -> bool:
     return device.type == "cuda" and bool(torch.cuda.get_device_capability(device)[0] >= 9)
 
 
+@lru_cache(maxsize=4096)
+def _gemv_plan(
+    features: int,
+    hashes: int,
+    groups: int,
+    reduction: int,
+    out_features: int,
+    reduced: int,
+    z_stride: int,
+) -> Launch:
+    block_n = ceil_div(out_features, hashes)
+    # 8 rows of z per program and 512 slots per step: best of six at three shapes
+    return Launch(
+        _gemv_kernel,
+        (hashes * ceil_div(block_n, 8),),
+        (out_features, block_n, features, reduced, groups, z_stride),
+        {"C": reduction, "BK": reduced // groups, "BN": 8, "W": 512},
+        num_warps=4,
+    )
+
+
 def gemv(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
     """``y [1, N]`` of one row ``x [1, K]`` for the rotation code ``[J, G, c]``, in one launch."""
     hashes, groups, reduction = code.shape
@@ -168,15 +190,8 @@ def gemv(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty(1, out_features)
-    block_n = -(-out_features // hashes)
-    # 8 rows of z per program and 512 slots per step: best of six at three shapes
-    _gemv_kernel[(hashes * triton.cdiv(block_n, 8),)](
-        *(x, code, z, bias, y, out_features, block_n, x.shape[1], reduced, groups, z.stride(0)),
-        C=reduction,
-        BK=reduced // groups,
-        BN=8,
-        W=512,
-        num_warps=4,
+    _gemv_plan(x.shape[1], hashes, groups, reduction, out_features, reduced, z.stride(0))(
+        x, code, z, bias, y
     )
     return y
 
@@ -197,12 +212,67 @@ def default_tile(rows: int, out_features: int, hashes: int, reduced: int) -> tup
     K is split only where there are fewer tiles than processors, about 1024 slots to a split:
     measured at 14336 -> 4096, M = 4, c = 2: 22.7 µs unsplit, 19.4 µs in four.
     """
-    tiles = hashes * triton.cdiv(-(-out_features // hashes), 64)
+    tiles = hashes * ceil_div(ceil_div(out_features, hashes), 64)
     split = 1
     if tiles < 128:
         while split < 4 and reduced >= 1536 * split:
             split *= 2
     return 128, split, 4 if split > 1 else 5
+
+
+@lru_cache(maxsize=4096)
+def _stream_plans(
+    wide: bool,
+    rows: int,
+    hashes: int,
+    reduced: int,
+    out_features: int,
+    s_xj: int,
+    s_xm: int,
+    s_zn: int,
+    s_rm: int,
+    s_ym: int,
+    activation: str,
+    tile: tuple[int, int, int] | None,
+    pdl: bool,
+) -> tuple[Launch, Launch | None, int]:
+    """Products, the sum of the K splits where there are several, and how many there are."""
+    width, split, stages = tile or default_tile(rows, out_features, hashes, reduced)
+    if wide:
+        width, stages = 32, 3
+    block_n = ceil_div(out_features, hashes)
+    k_split = ceil_div(ceil_div(reduced, split), width) * width
+    total = rows * out_features
+    chained: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    constants = {
+        "BM": max(8, power_of_2(rows)),
+        "BN": 64,
+        "W": width,
+        "SPLIT": split,
+        "STAGES": stages,
+        "PDL": pdl,
+        "PREFETCH": 2 if width >= 64 and starts_early(reduced) else 0,
+        "ACT": ACTIVATIONS[activation],
+    }
+    stream_z = Launch(
+        _stream_kernel,
+        (hashes * ceil_div(block_n, 64), split),
+        (rows, out_features, block_n, reduced, k_split, s_xj, s_xm, s_zn, s_rm, s_ym, total),
+        constants,
+        num_warps=4,
+        **chained,
+    )
+    if split == 1:
+        return stream_z, None, split
+    reduce = Launch(
+        _reduce_kernel,
+        (ceil_div(total, 256),),
+        (total, out_features, s_rm, s_ym),
+        {"SPLIT": split, "BLOCK": 256, "PDL": pdl, "ACT": ACTIVATIONS[activation]},
+        num_warps=2,
+        **chained,
+    )
+    return stream_z, reduce, split
 
 
 def stream(
@@ -223,44 +293,19 @@ def stream(
     """
     hashes, rows, reduced = sketched.shape
     out_features = z.shape[0]
-    block_n = -(-out_features // hashes)
-    width, split, stages = tile or default_tile(rows, out_features, hashes, reduced)
-    if sketched.dtype == torch.float32:
-        width, stages = 32, 3
-    y = sketched.new_empty(rows, out_features) if out is None else out
-    partial = y
-    if split > 1:
-        partial = sketched.new_empty(split, rows, out_features, dtype=torch.float32)
     if pdl is None:
         pdl = dependent_launch(sketched.device)
-    chained: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    k_split = triton.cdiv(triton.cdiv(reduced, split), width) * width
-    s_rm = 0 if residual is None else residual.stride(0)
-    _stream_kernel[(hashes * triton.cdiv(block_n, 64), split)](
-        *(sketched, z, bias if split == 1 else None, residual if split == 1 else None, y, partial),
-        *(rows, out_features, block_n, reduced, k_split),
-        *(sketched.stride(0), sketched.stride(1), z.stride(0), s_rm, y.stride(0)),
-        rows * out_features,
-        BM=max(8, triton.next_power_of_2(rows)),
-        BN=64,
-        W=width,
-        SPLIT=split,
-        STAGES=stages,
-        PDL=pdl,
-        PREFETCH=2 if width >= 64 and starts_early(reduced) else 0,
-        ACT=ACTIVATIONS[activation],
-        num_warps=4,
-        **chained,
+    y = sketched.new_empty(rows, out_features) if out is None else out
+    stream_z, reduce, split = _stream_plans(
+        *(sketched.dtype == torch.float32, rows, hashes, reduced, out_features),
+        *(sketched.stride(0), sketched.stride(1), z.stride(0)),
+        0 if residual is None else residual.stride(0),
+        *(y.stride(0), activation, tile, pdl),
     )
-    if split > 1:
-        total = rows * out_features
-        _reduce_kernel[(triton.cdiv(total, 256),)](
-            *(partial, bias, residual, y, total, out_features, s_rm, y.stride(0)),
-            SPLIT=split,
-            BLOCK=256,
-            PDL=pdl,
-            ACT=ACTIVATIONS[activation],
-            num_warps=2,
-            **chained,
-        )
+    if reduce is None:
+        stream_z(sketched, z, bias, residual, y, y)
+        return y
+    partial = sketched.new_empty(split, rows, out_features, dtype=torch.float32)
+    stream_z(sketched, z, None, None, y, partial)
+    reduce(partial, bias, residual, y)
     return y

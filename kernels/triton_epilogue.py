@@ -9,10 +9,13 @@ y[m, n] = act(y[m, n] + b[n]) + residual[m, n]
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ss1_compile.kernels.launch import Launch, ceil_div
 from ss1_compile.kernels.triton_gemm import ACTIVATIONS
 
 
@@ -39,14 +42,18 @@ def _epilogue_kernel(
     tl.store(at, v.to(y.dtype.element_ty), mask=mask)
 
 
-def finish(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> None:
-    """``act(y + b) + residual`` in place; ``y`` and ``residual`` ``[M, N]``, any row stride."""
-    rows, columns = y.shape
-    _epilogue_kernel[(triton.cdiv(rows, 4) * triton.cdiv(columns, 512),)](
-        *(y, bias, residual, rows, columns, y.stride(0)),
-        0 if residual is None else residual.stride(0),
-        BM=4,
-        BN=512,
-        ACT=ACTIVATIONS[activation],
+@lru_cache(maxsize=4096)
+def _plan(rows: int, columns: int, s_ym: int, s_rm: int, activation: str) -> Launch:
+    return Launch(
+        _epilogue_kernel,
+        (ceil_div(rows, 4) * ceil_div(columns, 512),),
+        (rows, columns, s_ym, s_rm),
+        {"BM": 4, "BN": 512, "ACT": ACTIVATIONS[activation]},
         num_warps=4,
     )
+
+
+def finish(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> None:
+    """``act(y + b) + residual`` in place; ``y`` and ``residual`` ``[M, N]``, any row stride."""
+    stride = 0 if residual is None else residual.stride(0)
+    _plan(*y.shape, y.stride(0), stride, activation)(y, bias, residual)

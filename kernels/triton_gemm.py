@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ss1_compile.kernels.launch import Block, Launch, ceil_div
 
 
 @triton.jit
@@ -190,6 +191,60 @@ def supported(sketched: Tensor, z: Tensor) -> bool:
     )
 
 
+@lru_cache(maxsize=4096)
+def _plan(
+    hashes: int,
+    rows: int,
+    reduced: int,
+    out_features: int,
+    z_stride: int,
+    y_stride: int,
+    y_aligned: bool,
+    residual_stride: int | None,
+    activation: str,
+    tile: tuple[int, int, int, int] | None,
+    block_k: int,
+    programs: int,
+    pdl: bool,
+) -> Launch:
+    block_n = ceil_div(out_features, hashes)
+    tile_m, tile_n, warps, stages = tile or default_tile(block_n, reduced)
+    if activation != "none" or residual_stride is not None:
+        # with four warps the epilogue's values spill; the residual's tile takes a stage's room
+        warps, stages = 8, min(stages, 3)
+    # a TMA store cannot stop at a column block's end, only at y's
+    whole = block_n % tile_n == 0 and out_features == hashes * block_n
+    tma_out = whole and y_stride % 8 == 0 and y_aligned
+    halves = 2 if tile_n == 256 else 1
+    tiles = ceil_div(rows, tile_m) * hashes * ceil_div(block_n, tile_n)
+    blocks = {
+        0: Block((hashes * rows, reduced), (reduced, 1), (tile_m, block_k)),
+        1: Block((out_features, reduced), (z_stride, 1), (tile_n, block_k)),
+        2: Block((rows, out_features), (y_stride, 1), (tile_m, tile_n // halves)),
+    }
+    constants = {
+        "BM": tile_m,
+        "BN": tile_n,
+        "BK": block_k,
+        "GROUP_M": _row_tiles_per_group(out_features, reduced),
+        "PROGRAMS": programs,
+        "HALVES": halves,
+        "TMA_OUT": tma_out,
+        "ACT": ACTIVATIONS[activation],
+        "PDL": pdl,
+    }
+    return Launch(
+        _gemm_kernel,
+        (min(programs, tiles),),
+        (rows, out_features, hashes, block_n, reduced, y_stride, residual_stride or 0),
+        constants,
+        blocks=blocks,
+        num_warps=warps,
+        num_stages=stages,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+
+
 def grouped_matmul(
     sketched: Tensor,
     z: Tensor,
@@ -220,37 +275,10 @@ def grouped_matmul(
     y = sketched.new_empty(rows, out_features) if out is None else out
     if rows == 0:
         return y
-    block_n = -(-out_features // hashes)
-    tile_m, tile_n, warps, stages = tile or default_tile(block_n, reduced)
-    if activation != "none" or residual is not None:
-        # with four warps the epilogue's values spill; the residual's tile takes a stage's room
-        warps, stages = 8, min(stages, 3)
-    # a TMA store cannot stop at a column block's end, only at y's
-    whole = block_n % tile_n == 0 and out_features == hashes * block_n
-    tma_out = whole and y.stride(0) % 8 == 0 and y.data_ptr() % 16 == 0
-    halves = 2 if tile_n == 256 else 1
-    programs = _processors(y.device)
-    tiles = triton.cdiv(rows, tile_m) * hashes * triton.cdiv(block_n, tile_n)
-    y_desc = None
-    if tma_out:
-        y_desc = TensorDescriptor(y, list(y.shape), [y.stride(0), 1], [tile_m, tile_n // halves])
-    _gemm_kernel[(min(programs, tiles),)](
-        TensorDescriptor(sketched, [hashes * rows, reduced], [reduced, 1], [tile_m, block_k]),
-        TensorDescriptor(z, [out_features, reduced], [z.stride(0), 1], [tile_n, block_k]),
-        *(y_desc, y, bias, residual, rows, out_features, hashes, block_n, reduced),
-        y.stride(0),
-        0 if residual is None else residual.stride(0),
-        BM=tile_m,
-        BN=tile_n,
-        BK=block_k,
-        GROUP_M=_row_tiles_per_group(out_features, reduced),
-        PROGRAMS=programs,
-        HALVES=halves,
-        TMA_OUT=tma_out,
-        ACT=ACTIVATIONS[activation],
-        PDL=pdl,
-        num_warps=warps,
-        num_stages=stages,
-        **({"launch_pdl": True} if pdl else {}),
+    plan = _plan(
+        *(hashes, rows, reduced, out_features, z.stride(0), y.stride(0), y.data_ptr() % 16 == 0),
+        None if residual is None else residual.stride(0),
+        *(activation, tile, block_k, _processors(y.device), pdl),
     )
+    plan(sketched, z, y if plan.constants["TMA_OUT"] else None, y, bias, residual)
     return y

@@ -33,6 +33,7 @@ M x K, kind            one_kernel  statistics_first  rows_first  not fused
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import triton
@@ -40,6 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ss1_compile.kernels import triton_blocks, triton_sketch
+from ss1_compile.kernels.launch import Launch, ceil_div, power_of_2
 from ss1_compile.kernels.layout import is_rotation
 
 _TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
@@ -310,26 +312,89 @@ def _columns(columns, aux):
 
 @triton.jit
 def _normalise(v, rows, columns, mask, aux, ready):
-    """The prologue; ``aux`` is ``(mean or None, 1/deviation, weight, bias, M, K)``."""
+    """The prologue; ``aux`` is ``(mean or None, mean and 1/deviation, weight, bias, M, K)``."""
     v = v.to(tl.float32)
     live = rows < aux[4]
     if aux[0] is not None:
         v = v - tl.load(aux[0] + rows, mask=live, other=0.0)
-    v = v * tl.load(aux[1] + rows, mask=live, other=0.0)
+    v = v * tl.load(aux[1] + aux[4] + rows, mask=live, other=0.0)
     return v * ready[0] + ready[1]
 
 
 def _width(features: int, rows: int, warps: int) -> tuple[int, int]:
     """Columns at a time and how many times, with at most 64 values a thread."""
-    width = min(triton.next_power_of_2(features), max(128, 64 * 32 * warps // rows))
-    return width, triton.cdiv(features, width)
+    width = min(power_of_2(features), max(128, 64 * 32 * warps // rows))
+    return width, ceil_div(features, width)
 
 
 def _slices(tiles: int, steps: int) -> tuple[int, int]:
     """Over how many programs to share out a row tile's ``steps``, and how many each does."""
     wanted = max(1, min(steps, 264 // tiles))
-    each = triton.cdiv(steps, wanted)
-    return triton.cdiv(steps, each), each
+    each = ceil_div(steps, wanted)
+    return ceil_div(steps, each), each
+
+
+@lru_cache(maxsize=4096)
+def _one_kernel_plan(
+    rotation: bool,
+    rows: int,
+    features: int,
+    code_shape: tuple[int, ...],
+    reduced_features: int,
+    s_xm: int,
+    s_rm: int,
+    eps: float,
+    rms: bool,
+    tile: tuple[int, int, int] | None,
+) -> Launch:
+    hashes, groups, size = code_shape[:3]
+    block_k = reduced_features // groups
+    batch = 1
+    if rotation:
+        tile_m, warps, stages = tile or ((2, 4, 1) if rows <= _FEW_ROWS else (4, 2, 1))
+        vectors = power_of_2(size) * block_k // 8
+        # rows of 512 bytes where there are as many supergroups; 16 is a product's narrowest side
+        while batch < power_of_2(groups) and batch * vectors * 8 < 256:
+            batch *= 2
+        while batch * vectors < 16:
+            batch *= 2
+        widest = 64 if batch * vectors >= 128 else 128
+        block_out = min(power_of_2(hashes), max(1, widest // (batch * block_k // 8)))
+        while block_out * batch * block_k < 128:
+            block_out *= 2
+        kernel = _norm_rotation_kernel
+        own = {
+            "C": size,
+            "IB": power_of_2(size),
+            "OB": block_out,
+            "GB": batch,
+            "BK": block_k,
+            "RAGGED": features != groups * size * block_k,
+            "OUTER": ceil_div(hashes, block_out),
+        }
+    else:
+        tile_m, warps, stages = tile or (16 if rows <= _FEW_ROWS else 64, 4, 1)
+        rank = code_shape[3]
+        kernel = _norm_blocks_kernel
+        own = {
+            "P": size,
+            "Q": rank,
+            "BP": max(16, power_of_2(size)),
+            "BQ": max(16, power_of_2(rank)),
+            "RAGGED": features != groups * size,
+        }
+    width, chunks = _width(features, tile_m, warps)
+    tiles = ceil_div(rows, tile_m)
+    slices, each = _slices(tiles, ceil_div(groups, batch))
+    common = {"BM": tile_m, "WIDTH": width, "CHUNKS": chunks, "STAGES": stages, "RMS": rms}
+    strides = (s_xm, s_rm, reduced_features, rows * reduced_features)
+    return Launch(
+        kernel,
+        (tiles * slices,),
+        (rows, features, groups, hashes, slices, each, *strides, eps),
+        {**own, **common},
+        num_warps=warps,
+    )
 
 
 def one_kernel(
@@ -346,74 +411,32 @@ def one_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics, norm and sketch in one launch, for 16-bit types; see :func:`norm_sketch`."""
     rows, features = x.shape
-    hashes, groups = code.shape[:2]
-    out = x.new_empty(hashes, rows, reduced_features)
+    out = x.new_empty(code.shape[0], rows, reduced_features)
     summed = None if residual is None else x.new_empty(rows, features)
     normed = x.new_empty(rows, features) if keep_norm else None
-    rotation = is_rotation(code)
-    pow2 = triton.next_power_of_2
-    block_k = reduced_features // groups
-    batch = 1
-    if rotation:
-        reduction = code.shape[2]
-        tile_m, warps, stages = tile or ((2, 4, 1) if rows <= _FEW_ROWS else (4, 2, 1))
-        vectors = pow2(reduction) * block_k // 8
-        # rows of 512 bytes where there are as many supergroups; 16 is a product's narrowest side
-        while batch < pow2(groups) and batch * vectors * 8 < 256:
-            batch *= 2
-        while batch * vectors < 16:
-            batch *= 2
-        widest = 64 if batch * vectors >= 128 else 128
-        block_out = min(pow2(hashes), max(1, widest // (batch * block_k // 8)))
-        while block_out * batch * block_k < 128:
-            block_out *= 2
-    else:
-        tile_m, warps, stages = tile or (16 if rows <= _FEW_ROWS else 64, 4, 1)
-    width, chunks = _width(features, tile_m, warps)
-    tiles = triton.cdiv(rows, tile_m)
-    slices, each = _slices(tiles, triton.cdiv(groups, batch))
-    operands = (x, residual, weight, bias, code, out, summed, normed)
-    sizes = (rows, features, groups, hashes, slices, each)
-    strides = (x.stride(0), 0 if residual is None else residual.stride(0), *out.stride()[1::-1])
-    common = {
-        "BM": tile_m,
-        "WIDTH": width,
-        "CHUNKS": chunks,
-        "STAGES": stages,
-        "RMS": rms,
-        "num_warps": warps,
-    }
-    if rotation:
-        _norm_rotation_kernel[(tiles * slices,)](
-            *operands,
-            *sizes,
-            *strides,
-            eps,
-            C=reduction,
-            IB=pow2(reduction),
-            OB=block_out,
-            GB=batch,
-            BK=block_k,
-            RAGGED=features != groups * reduction * block_k,
-            OUTER=triton.cdiv(hashes, block_out),
-            **common,
-        )
-    else:
-        size, rank = code.shape[2:]
-        _norm_blocks_kernel[(tiles * slices,)](
-            *operands,
-            *sizes,
-            *strides,
-            eps,
-            P=size,
-            Q=rank,
-            BP=max(16, pow2(size)),
-            BQ=max(16, pow2(rank)),
-            RAGGED=features != groups * size,
-            **common,
-        )
+    plan = _one_kernel_plan(
+        *(is_rotation(code), rows, features, tuple(code.shape), reduced_features, x.stride(0)),
+        0 if residual is None else residual.stride(0),
+        *(float(eps), rms, tile),
+    )
+    plan(x, residual, weight, bias, code, out, summed, normed)
     empty = x.new_empty(0)
     return out, empty if summed is None else summed, empty if normed is None else normed
+
+
+@lru_cache(maxsize=4096)
+def _statistics_plan(
+    rows: int, features: int, s_xm: int, s_rm: int, eps: float, rms: bool
+) -> Launch:
+    width = power_of_2(features)
+    tile = min(16, max(1, 4096 // width))
+    return Launch(
+        _statistics_kernel,
+        (ceil_div(rows, tile),),
+        (rows, features, s_xm, s_rm, eps),
+        {"BM": tile, "WIDTH": width, "RMS": rms},
+        num_warps=min(16, max(4, width // 1024)),
+    )
 
 
 def rows_first(
@@ -435,23 +458,16 @@ def rows_first(
     summed = None if residual is None else x.new_empty(rows, features)
     normed = x.new_empty(rows, features) if write_norm else None
     statistics = None if write_norm else x.new_empty(2, rows, dtype=torch.float32)
-    width = triton.next_power_of_2(features)
-    tile = min(16, max(1, 4096 // width))
-    _statistics_kernel[(triton.cdiv(rows, tile),)](
-        *(x, residual, weight, bias, summed, normed, statistics, rows, features),
-        *(x.stride(0), 0 if residual is None else residual.stride(0), eps),
-        BM=tile,
-        WIDTH=width,
-        RMS=rms,
-        num_warps=min(16, max(4, width // 1024)),
+    stride = 0 if residual is None else residual.stride(0)
+    _statistics_plan(rows, features, x.stride(0), stride, float(eps), rms)(
+        x, residual, weight, bias, summed, normed, statistics
     )
     source = x if normed is None else normed
     prologue, aux = None, None
     if statistics is not None:
         source = x if summed is None else summed
         prologue = (_columns, _normalise)
-        mean = None if rms else statistics[0]
-        aux = (mean, statistics[1], weight, bias, rows, features)
+        aux = (None if rms else statistics, statistics, weight, bias, rows, features)
     if is_rotation(code):
         out = triton_sketch.sketch(source, code, reduced_features, prologue=prologue, aux=aux)
     else:
@@ -486,7 +502,7 @@ def _suits_one_kernel(x: Tensor, code: Tensor, reduced_features: int) -> bool:
     if not is_rotation(code):
         return code.shape[2] <= 256 and code.shape[3] <= 128
     block_k = reduced_features // code.shape[1]
-    vectors = triton.next_power_of_2(code.shape[2]) * block_k // 8
+    vectors = power_of_2(code.shape[2]) * block_k // 8
     return bool(vectors <= _MAX_VECTORS)
 
 

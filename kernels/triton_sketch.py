@@ -33,12 +33,15 @@ As a pair of functions the first, ``(columns, aux) -> ready``, runs once for all
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ss1_compile.kernels.launch import Launch, ceil_div, power_of_2
 
 _TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
 # Largest input side of the 0/±1 matrix: its cost per element grows with it, and at 256 the tensor
@@ -254,30 +257,27 @@ def _gather_kernel(
         tl.store(out + rm * s_om + ocol, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def _launch(
-    x: Tensor,
-    code: Tensor,
-    out: Tensor,
+@lru_cache(maxsize=4096)
+def _plan(
+    dtype: torch.dtype,
     rows: int,
     block_k: int,
+    groups: int,
     planes_in: tuple[int, int, int],
     planes_out: tuple[int, int, int],
     code_strides: tuple[int, int, int],
     limits: tuple[int | None, int | None],
     row_strides: tuple[int, int],
     prologue: Any,
-    aux: Any,
     pdl: bool,
-) -> None:
+) -> Launch:
     """Choose kernel and tile. ``planes_*``: (count, plane stride, supergroup stride)."""
-    groups = code.shape[1]
     prepare, prologue = prologue if isinstance(prologue, tuple) else (None, prologue)
     (count_in, plane_in, group_in), (count_out, plane_out, group_out) = planes_in, planes_out
-    pow2 = triton.next_power_of_2
     inverse = limits[1] is not None
     columns_in = group_in * groups if limits[0] is None else limits[0]
     columns_out = group_out * groups if limits[1] is None else limits[1]
-    arguments = (
+    strides = (
         *(row_strides[0], plane_in, group_in, row_strides[1], plane_out, group_out),
         *code_strides,
     )
@@ -290,52 +290,52 @@ def _launch(
         "PREPARE": prepare,
         "PROLOGUE": prologue,
     }
-    vectors = pow2(count_in) * block_k // 8
+    vectors = power_of_2(count_in) * block_k // 8
     few = rows <= _FEW_ROWS
-    if x.dtype not in _TENSOR_CORE_DTYPES or few or vectors > _MAX_VECTORS:
-        batch = min(max(1, 64 // block_k), pow2(groups))
+    if dtype not in _TENSOR_CORE_DTYPES or few or vectors > _MAX_VECTORS:
+        batch = min(max(1, 64 // block_k), power_of_2(groups))
         # few rows are all latency: small programs, and no rows that are only masked
         size = 512 if rows <= 4 else 1024 if few else 2048
         tile = max(4, size // (batch * block_k))
         if rows <= 4:
             tile = 4
-        programs = triton.cdiv(rows, tile) * triton.cdiv(groups, batch)
-        _gather_kernel[(programs * (count_out if few else 1),)](
-            *(x, code, out, aux, rows, columns_in, columns_out, groups, count_out),
-            *arguments,
-            NI=count_in,
-            BM=tile,
-            GB=batch,
-            SPLIT_OUT=few,
+        programs = ceil_div(rows, tile) * ceil_div(groups, batch)
+        return Launch(
+            _gather_kernel,
+            (programs * (count_out if few else 1),),
+            (rows, columns_in, columns_out, groups, count_out, *strides),
+            {"NI": count_in, "BM": tile, "GB": batch, "SPLIT_OUT": few, **common},
             num_warps=2 if rows <= 4 else 4,
-            **common,
         )
-        return
     # enough supergroups for rows of 512 bytes: 0.94 instead of 0.90 of copy bandwidth at c = 2
     batch = 1
-    while batch < pow2(groups) and batch * vectors * 8 < 256:
+    while batch < power_of_2(groups) and batch * vectors * 8 < 256:
         batch *= 2
     while batch * vectors < 16:
         batch *= 2
     widest = 64 if batch * vectors >= 128 else 128
-    block_out = min(pow2(count_out), max(1, widest // (batch * block_k // 8)))
+    block_out = min(power_of_2(count_out), max(1, widest // (batch * block_k // 8)))
     while block_out * batch * block_k < 128:
         block_out *= 2
-    tiles = triton.cdiv(rows, 8)
-    columns = triton.cdiv(groups, batch) * triton.cdiv(count_out, block_out)
+    tiles = ceil_div(rows, 8)
+    columns = ceil_div(groups, batch) * ceil_div(count_out, block_out)
     # eight row tiles a program amortise the matrix; fewer where that would leave the GPU idle
     steps = max(1, min(8, tiles * columns // 1024))
-    _permute_kernel[(triton.cdiv(tiles, steps) * columns,)](
-        *(x, code, out, aux, rows, columns_in, columns_out, groups, count_out, steps),
-        *arguments,
-        NI=count_in,
-        IB=pow2(count_in),
-        OB=block_out,
-        GB=batch,
-        BM=8,
-        STAGES=3,
-        num_warps=4,
+    constants = {
+        "NI": count_in,
+        "IB": power_of_2(count_in),
+        "OB": block_out,
+        "GB": batch,
+        "BM": 8,
+        "STAGES": 3,
         **common,
+    }
+    return Launch(
+        _permute_kernel,
+        (ceil_div(tiles, steps) * columns,),
+        (rows, columns_in, columns_out, groups, count_out, steps, *strides),
+        constants,
+        num_warps=4,
     )
 
 
@@ -359,38 +359,42 @@ def sketch(
         pdl: let a kernel launched with programmatic dependent launch start early (sm_90).
     """
     hashes, groups, reduction = code.shape
+    rows, features = x.shape
     block_k = reduced_features // groups
     if x.stride(1) != 1:
         x = x.contiguous()
-    out = x.new_empty(hashes, x.shape[0], reduced_features)
-    if x.shape[0]:
-        _launch(
-            *(x, code, out, x.shape[0], block_k),
+    out = x.new_empty(hashes, rows, reduced_features)
+    if rows:
+        plan = _plan(
+            *(x.dtype, rows, block_k, groups),
             (reduction, block_k, reduction * block_k),
-            (hashes, out.stride(0), block_k),
-            (code.stride(0), code.stride(2), code.stride(1)),
-            (x.shape[1], None),
-            (x.stride(0), out.stride(1)),
-            *(prologue, aux, pdl),
+            (hashes, rows * reduced_features, block_k),
+            (groups * reduction, 1, reduction),
+            (features, None),
+            (x.stride(0), reduced_features),
+            *(prologue, pdl),
         )
+        plan(x, code, out, aux)
     return out
 
 
 def unsketch(g: Tensor, code: Tensor, in_features: int) -> Tensor:
     """The transpose: ``[M, K]`` of ``g [J, M, K_c]``; the gradient of x given that of X̃."""
     hashes, groups, reduction = code.shape
+    rows = g.shape[1]
     block_k = g.shape[2] // groups
     if g.stride(2) != 1:
         g = g.contiguous()
-    out = g.new_empty(g.shape[1], in_features)
-    if g.shape[1]:
-        _launch(
-            *(g, code, out, g.shape[1], block_k),
+    out = g.new_empty(rows, in_features)
+    if rows:
+        plan = _plan(
+            *(g.dtype, rows, block_k, groups),
             (hashes, g.stride(0), block_k),
             (reduction, block_k, reduction * block_k),
-            (code.stride(2), code.stride(0), code.stride(1)),
+            (1, groups * reduction, reduction),
             (None, in_features),
-            (g.stride(1), out.stride(0)),
-            *(None, None, False),
+            (g.stride(1), in_features),
+            *(None, False),
         )
+        plan(g, code, out, None)
     return out

@@ -36,10 +36,54 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 calls = []
+later = []
 
 
 def record(self, grid):
-    return lambda *args, **kwargs: calls.append((self, args, kwargs))
+    """Stands in for Triton's launcher, and for the compiled kernel that it returns."""
+
+    def launch(*args, **kwargs):
+        calls.append((self, args, kwargs))
+        return {grid: lambda *direct: later.append((self, direct))}
+
+    return launch
+
+
+def is_launch_of(kernel, direct, args, kwargs):
+    """Whether a compiled kernel called with ``direct`` gets what ``args`` and ``kwargs`` say."""
+    values = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    bound = kernel.signature.bind(*args, **values).arguments.values()
+
+    def same(value, given):
+        if isinstance(value, torch.Tensor):
+            return type(given) is int and given % 16 == 0
+        if isinstance(value, TensorDescriptor):
+            return hasattr(given, "base") and all(
+                list(getattr(value, name)) == list(getattr(given, name))
+                for name in ("shape", "strides", "block_shape")
+            )
+        if isinstance(value, tuple):
+            if type(given) is not tuple or len(value) != len(given):
+                return False
+            return all(map(same, value, given))
+        return value is given or (type(value) is type(given) and value == given)
+
+    return len(bound) == len(direct) and all(map(same, bound, direct))
+
+
+def check_later_launches():
+    """Launch all again: directly, and with the arguments of the first time."""
+    first = calls[:]
+    launch_all()
+    launch_fused()
+    assert len(calls) == len(first), calls[-1][0].fn.__name__
+    for kernel, args, kwargs in first:
+        matching = [
+            direct
+            for launched, direct in later
+            if launched is kernel and is_launch_of(kernel, direct, args, kwargs)
+        ]
+        assert matching, (kernel.fn.__name__, kwargs)
 
 
 def launch_all():
@@ -164,6 +208,7 @@ def main():
     triton_gemm._processors = triton_quantized_gemm._processors = lambda device: 132
     launch_all()
     launch_fused()
+    check_later_launches()
     launch_quantized(torch.int8)
     if capability >= 90:
         launch_quantized(torch.float8_e4m3fn)
