@@ -114,6 +114,29 @@ def test_what_is_nearly_an_activation_stays(activation):
     check(activations, function, randn(3, K) * 3, *layer(K, N), expect={})
 
 
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "relu"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_only_a_plain_gelu_goes_into_a_learned_sketch(name, gated):
+    """The others are faster as a kernel of their own."""
+    table = {"gelu": GELU, "gelu_tanh": GELU_TANH, "silu": SILU, "relu": RELU}
+    activation = table[name]["F"]
+
+    def function(linear, x, s, z, b):
+        h = activation(x)
+        return linear(h * (x + 1) if gated else h, s, z, b)
+
+    fused = name == "gelu" and not gated
+    check(
+        activations,
+        function,
+        randn(2, 3, K) * 3,
+        *(randn(1, 3, 16, 4), randn(N, 12), randn(N)),
+        expect={"gelu": 1} if fused else {},
+        ops={"activation_sketch": 1, "matmul": 1} if fused else {"linear": 1},
+        tolerance=1e-6,
+    )
+
+
 def test_in_place_activation_of_one_half_stays():
     """What it overwrites is part of a tensor that is read later."""
 
