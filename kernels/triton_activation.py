@@ -4,8 +4,8 @@ A prologue of the sketch kernels (:mod:`.triton_sketch`, :mod:`.triton_blocks`):
 once and the activation is never written. Values stay in float32 until the sketch rounds them to
 x's dtype.
 
-On one NVIDIA H200, 16384 x 4096, bf16, c = 4, in µs: rotation with tanh-gelu 103 where gelu and
-sketch take 159, with a silu gate 115; learned 125 where they take 138.
+On one NVIDIA H200, 16384 x 4096, bf16, c = 4, in µs: rotation with gelu 109 where gelu and sketch
+take 159, with a silu gate 114; learned with gelu 137 where they take 141, others slower than apart.
 """
 
 # Kernel parameters are Triton values; an annotation would be a cast.
