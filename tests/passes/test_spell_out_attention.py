@@ -72,13 +72,20 @@ def test_transformer_encoder_layer(norm_first, activation):
     through_the_backend(model.double().eval(), (x,), names)
 
 
-def test_symbolic_arguments_are_reported():
-    """With dynamic=True even the norms' epsilon is symbolic, and the operator stays as it is."""
+def test_symbolic_arguments():
+    """With dynamic=True even the number of heads and the norms' epsilon are symbolic."""
+    torch.manual_seed(3)
     model = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True).double().eval()
-    options = {"reduction": 2, "inner_backend": "eager"}
+    report = Report()
+    options = {"reduction": 1, "inner_backend": "eager", "report": report}
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="ss1", dynamic=True, options=options)
-    with torch.no_grad(), pytest.raises(Exception, match="linear2: an attention operator holds"):
-        compiled(torch.randn(2, 7, 64, dtype=torch.double))
+    for rows, length in ((2, 7), (3, 5)):
+        x = torch.randn(rows, length, 64, dtype=torch.double)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), atol=1e-10, rtol=1e-10)
+    assert len(report.compressed) == 4
+    assert not report.left
 
 
 def test_masks_of_the_fused_layer_are_reported():
