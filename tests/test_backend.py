@@ -1,29 +1,15 @@
-"""``backend="ss1"``: exact at c = 1, right when weights change, and loud when it must refuse."""
+"""``backend="ss1"``: exact at c = 1, the same as ``compress`` above, in every way of compiling."""
 
 import copy
-import gc
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from backend_support import D, Mlp, assert_same, call_compiled, compiled, in_place, ss1_of
 from torch import nn
 
-from ss1_compile import Report, SS1Config, SS1Warning, compress
+from ss1_compile import Report, SS1Config, compress
 from ss1_compile import backend as backend_module
-from ss1_compile import binding as binding_module
-
-D = 64
-
-
-class Mlp(nn.Module):
-    def __init__(self, width=D, hidden=2 * D):
-        super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return x + self.down(F.gelu(self.up(x)))
 
 
 @pytest.fixture(autouse=True)
@@ -31,37 +17,6 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def compiled(model, inner="eager", **options):
-    options.setdefault("warn_error", 2.0)
-    return torch.compile(model, backend="ss1", options={"inner_backend": inner, **options})
-
-
-def ss1_of(model, **options):
-    """The same compression through the other door: the oracle for every test at c > 1."""
-    other = copy.deepcopy(model)
-    compress(other, progress=False, **{"warn_error": 2.0, **options})
-    return other
-
-
-def assert_same(actual, expected, tolerance=1e-5):
-    error = (actual - expected).norm() / expected.norm()
-    assert error < tolerance, f"relative error {error:.2e}"
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """Counts projections."""
-    calls = []
-    real = binding_module.project
-
-    def project(*args, **kwargs):
-        calls.append(kwargs["name"])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(binding_module, "project", project)
-    return calls
 
 
 def test_is_listed_without_importing_us():
@@ -81,68 +36,6 @@ def test_equals_the_compressed_model(reduction):
     expected = ss1_of(model, reduction=reduction)(x)
     with torch.no_grad():
         assert_same(compiled(model, reduction=reduction)(x), expected.detach())
-
-
-def test_second_instance_reuses_the_graph_with_its_own_weights(counted):
-    first, second = Mlp().eval(), Mlp().eval()
-    x = torch.randn(4, D)
-    report = Report()
-
-    @torch.compile(
-        backend="ss1", options={"inner_backend": "eager", "report": report, "warn_error": 2.0}
-    )
-    def call(model, x):
-        return model(x)
-
-    with torch.no_grad():
-        call(first, x)
-        assert_same(call(second, x), ss1_of(second)(x))
-        assert_same(call(first, x), ss1_of(first)(x))
-
-
-def in_place(model):
-    with torch.no_grad():
-        model.up.weight.mul_(-2)
-
-
-def new_parameter(model):
-    model.up.weight = nn.Parameter(torch.randn_like(model.up.weight))
-
-
-def new_data(model):
-    model.up.weight.data = torch.randn_like(model.up.weight)
-
-
-def load_state(model):
-    model.load_state_dict(Mlp().state_dict())
-
-
-def load_state_assign(model):
-    model.load_state_dict(Mlp().state_dict(), assign=True)
-
-
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize(
-    "change", [in_place, new_parameter, new_data, load_state, load_state_assign]
-)
-def test_changed_weights_are_seen(change, inner):
-    model, x = Mlp().eval(), torch.randn(4, D)
-    fast = compiled(model, inner)
-    with torch.no_grad():
-        before = fast(x)
-        change(model)
-        after = fast(x)
-        assert_same(after, ss1_of(model)(x))
-        assert not torch.allclose(before, after)
-
-
-def test_unchanged_weights_are_projected_once(counted):
-    model = Mlp().eval()
-    fast = compiled(model)
-    with torch.no_grad():
-        for rows in (2, 3, 4, 5):  # recompiles for a dynamic batch on the way
-            fast(torch.randn(rows, D))
-    assert sorted(counted) == ["down", "up"]
 
 
 def test_dynamic_batch_and_sequence():
@@ -171,26 +64,6 @@ def test_train_eval_toggle():
         assert not torch.allclose(fast(x), expected)
         model.eval()
         assert_same(fast(x), expected)
-
-
-def test_weight_tied_to_an_embedding_stays_dense_and_the_report_says_so():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding = nn.Embedding(100, D)
-            self.body = nn.Linear(D, D)
-            self.head = nn.Linear(D, 100, bias=False)
-            self.head.weight = self.embedding.weight
-
-        def forward(self, ids):
-            return self.head(self.body(self.embedding(ids)))
-
-    model, report = Tied().eval(), Report()
-    ids = torch.randint(0, 100, (2, 5))
-    with torch.no_grad():
-        assert_same(compiled(model, report=report)(ids), ss1_of(model)(ids))
-    assert [row.name for row in report.compressed] == ["body"]
-    assert "also used by embedding" in report.left[0].reason
 
 
 def test_one_weight_in_two_linears():
@@ -285,114 +158,6 @@ def test_functional_spellings():
     assert {row.name for row in report.compressed} == {"kn", "qkv", "fixed"}
 
 
-def test_projections_die_with_their_weights():
-    gc.collect()
-    before = len(binding_module._bound)
-    model = Mlp().eval()
-    with torch.no_grad():
-        compiled(model)(torch.randn(2, D))
-    assert len(binding_module._bound) == before + 2
-    z = weakref.ref(next(reversed(binding_module._bound.values())).projection.z)
-    del model
-    torch._dynamo.reset()
-    gc.collect()
-    assert len(binding_module._bound) == before
-    assert z() is None
-
-
-# --- refusals -----------------------------------------------------------------------------------
-
-
-def call_compiled(model, grad=False, **options):
-    with torch.set_grad_enabled(grad):
-        return compiled(model.eval(), **options)(torch.randn(2, D))
-
-
-def test_training_is_refused_loudly():
-    with pytest.raises(Exception, match=r"TrainingError.*up requires gradients.*compress"):
-        call_compiled(Mlp(), grad=True)
-    # Frozen weights are fine with gradients on.
-    torch._dynamo.reset()
-    model = Mlp().eval().requires_grad_(False)
-    x = torch.randn(2, D, requires_grad=True)
-    y = compiled(model, reduction=1, inner="aot_eager")(x)
-    expected = torch.autograd.grad(model(x).sum(), x)[0]
-    assert_same(torch.autograd.grad(y.sum(), x)[0], expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"reductoin": 4}, "did you mean 'reduction'"),
-        ({"inner_backned": "eager"}, "did you mean 'inner_backend'"),
-        ({"reduction": 0}, "reduction must be at least 1"),
-        ({"mode": "fastest"}, "mode='fastest'"),
-        ({"report": []}, "report must be"),
-        ({"lowering": "fastest"}, "lowering must be one of library, triton"),
-        ({"inductor": {"max_autotune": True}}, "need inner_backend='inductor'"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(Exception, match=message):
-        call_compiled(Mlp(), **options)
-
-
-def test_nothing_to_compress():
-    with pytest.raises(Exception, match=r"NothingToCompressError.*none"):
-        call_compiled(nn.Sequential(nn.LayerNorm(D)))
-    torch._dynamo.reset()
-    with pytest.raises(Exception, match=r"NothingToCompressError.*excluded by 'up'"):
-        call_compiled(Mlp(), exclude=("up", "down"))
-    torch._dynamo.reset()
-    call_compiled(nn.Sequential(nn.LayerNorm(D)), allow_empty=True)
-
-
-def test_strict_names_the_first_unhandled_linear():
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(D, D))
-            self.ok = nn.Linear(D, D)
-
-        def forward(self, x):
-            return self.ok(torch.einsum("...k,nk->...n", x, self.w))
-
-    with pytest.raises(Exception, match="UnhandledLinearError: w: einsum"):
-        call_compiled(Odd(), strict=True)
-    torch._dynamo.reset()
-    report = Report()
-    call_compiled(Odd(), report=report)
-    assert "einsum" in report["w"].reason
-
-
-def test_ruin_is_warned_of_once_and_max_error_keeps_layers_dense():
-    model = Mlp()
-    with pytest.warns(SS1Warning, match="2 of 2 projected layers lose more than 50%") as caught:
-        call_compiled(model, warn_error=0.5)
-    assert len([w for w in caught if w.category is SS1Warning]) == 1
-    torch._dynamo.reset()
-    report = Report()
-    x = torch.randn(2, D)
-    with torch.no_grad():
-        y = compiled(model, max_error=0.5, allow_empty=True, report=report)(x)
-        assert_same(y, model(x))
-    assert all("exceeds max_error = 0.5" in row.reason for row in report.left)
-    assert len(report.left) == 2
-
-
-def test_weights_of_a_given_structure_are_recovered_exactly():
-    small = ss1_of(Mlp().eval(), reduction=4, seed=9, block_k=8)
-    structures = {name: small.get_submodule(name).structure for name in ("up", "down")}
-    dense = copy.deepcopy(small)
-    for name in structures:
-        dense.set_submodule(name, small.get_submodule(name).to_linear())
-    report, x = Report(), torch.randn(3, D)
-    with torch.no_grad():
-        fast = compiled(dense, structures=structures, report=report, warn_error=1e-5)
-        assert_same(fast(x), small(x))
-    assert all(row.exact for row in report.compressed)
-
-
 @pytest.mark.parametrize(
     ("source", "name"),
     [
@@ -457,37 +222,6 @@ def test_gpu_modes(mode):
             x = torch.randn(rows, 256, device="cuda", dtype=torch.half)
             assert_same(fast(x).float(), ss1_of(model)(x).float(), 5e-3)
     assert all(row.lowering is not None and row.speedup > 0 for row in report.compressed)
-
-
-def test_weights_that_stay_dense_are_named():
-    """A computed weight by its module, each weight of a fused operator, those in a branch."""
-
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(D, D))
-            self.attention = nn.MultiheadAttention(D, 4, batch_first=True)
-            self.yes, self.no, self.ok = (nn.Linear(D, D) for _ in range(3))
-
-        def forward(self, x):
-            x = self.normed(self.ok(x))
-            x = x + self.attention(x, x, x, need_weights=False)[0]
-            return torch.cond(x.sum() > 0, lambda x: self.yes(x), lambda x: self.no(x), (x,))
-
-    torch._dynamo.reset()
-    report, model, x = Report(), Odd().eval(), torch.randn(2, 5, D)
-    options = {"reduction": 1, "report": report, "inner_backend": "eager"}
-    with torch.no_grad():
-        fast = torch.compile(model, backend="ss1", options=options)
-        assert_same(fast(x), model(x))
-    assert {row.name for row in report.compressed} == {"ok"}
-    reasons = {row.name: row.reason for row in report.left}
-    assert "computed" in reasons.pop("normed")
-    assert "opaque" in reasons.pop("attention.in_proj_weight")
-    assert "opaque" in reasons.pop("attention.out_proj")
-    assert "inside cond" in reasons.pop("yes")
-    assert "inside cond" in reasons.pop("no")
-    assert not reasons
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
