@@ -18,7 +18,13 @@ def nested_linears(
 ) -> Iterator[tuple[Skipped, str]]:
     """The linears in the bodies of a higher-order operator (``torch.cond``, a ``no_grad`` region).
 
-    Yields each with the name of its weight.
+    Args:
+        module: holds the bodies, under the names that ``get_attr`` nodes give.
+        node: any node.
+        names: the nodes of the parameters → the names of their layers.
+
+    Yields:
+        Each linear, and the name of its layer.
     """
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return
@@ -31,7 +37,9 @@ def nested_linears(
             continue
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         inner: dict[fx.Node, str] = {}
-        for placeholder, outer in zip(inputs, operands[len(operands) - len(inputs) :], strict=True):
+        # What a body captures comes last, in the operands and in its inputs; their numbers may
+        # differ (associative_scan takes each operand twice).
+        for placeholder, outer in zip(reversed(inputs), reversed(operands), strict=False):
             value = frozen_value(outer, frozenset(names))
             if value is not None:
                 inner[placeholder] = names[value.root]
