@@ -24,13 +24,14 @@ from torch import Tensor
 
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CheckpointError, ConfigError, StructureError
+from ss1_compile.experts import SS1ExpertLinear
 from ss1_compile.learned import LearnedStructure, Structure, structure_of
+from ss1_compile.modules import SS1Linear
 
 TENSORS_FILE = "model.safetensors"
 CONFIG_FILE = "ss1_config.json"
 FORMAT = "ss1-compile"
-FORMAT_VERSION = 2
-ROTATION_VERSION = 1  # models without learned layers are written so, for earlier readers
+FORMAT_VERSION = 3
 ALIASES_KEY = "ss1_aliases"
 
 _DTYPES = {
@@ -50,7 +51,8 @@ class SavedLayer:
 
     A layer of the kind ``"learned"`` has ``group_size`` and ``rank``, one of the kind
     ``"rotation"`` has ``reduction`` and ``block_k``; the others are ``None`` and left out of the
-    file, as is the kind of a rotation.
+    file, as is the kind of a rotation. The matrices of experts, which share one sketch, are one
+    layer without bias, z ``[E, N, K_c]``.
 
     Attributes:
         in_features: K.
@@ -64,6 +66,7 @@ class SavedLayer:
         block_k: B_K.
         group_size: gsize.
         rank: r.
+        experts: E, or ``None`` (and left out of the file) for a layer with one matrix.
     """
 
     in_features: int
@@ -76,6 +79,7 @@ class SavedLayer:
     block_k: int | None = None
     group_size: int | None = None
     rank: int | None = None
+    experts: int | None = None
 
     @property
     def features_per_group(self) -> int:
@@ -87,15 +91,42 @@ class SavedLayer:
         """Columns of z per supergroup."""
         return self.rank or self.block_k or 1
 
+    @property
+    def z_shape(self) -> tuple[int, ...]:
+        """``(N, K_c)``, or ``(E, N, K_c)`` of experts."""
+        supergroups = -(-self.in_features // self.features_per_group)
+        matrix = (self.out_features, supergroups * self.slots_per_group)
+        return matrix if self.experts is None else (self.experts, *matrix)
+
+    @property
+    def format_version(self) -> int:
+        """The first version of the format that has such layers, for the sake of earlier readers."""
+        if self.experts is not None:
+            return 3
+        return 1 if self.kind == "rotation" else 2
+
     @classmethod
-    def of(cls, structure: Structure, dtype: str, bias: bool) -> SavedLayer:
-        """The sizes of a layer of the given structure."""
+    def of(cls, module: SS1Linear | SS1ExpertLinear) -> SavedLayer:
+        """The sizes of a layer.
+
+        Raises:
+            StructureError: its sketch is broken.
+        """
+        structure = module.structure
         values = {name: getattr(structure, name) for name in _SIZES[structure.kind]}
-        return cls(**values, kind=structure.kind, dtype=dtype, bias=bias)
+        return cls(
+            **values,
+            kind=structure.kind,
+            dtype=dtype_name(module.z.dtype),
+            bias=module.bias is not None,
+            experts=module.z.shape[0] if isinstance(module, SS1ExpertLinear) else None,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As ``ss1_config.json`` has it."""
         values = {name: getattr(self, name) for name in (*_SIZES[self.kind], "dtype", "bias")}
+        if self.experts is not None:
+            values["experts"] = self.experts
         return values if self.kind == "rotation" else {"kind": self.kind, **values}
 
 
@@ -194,14 +225,16 @@ def _parse_layer(path: Path, name: str, values: Any) -> SavedLayer:
     known = isinstance(kind, str) and kind in _SIZES
     _require(known, path, f"{where}: kind must be one of {list(_SIZES)}, got {show(kind)}")
     own = {"kind"} if kind == "learned" or "kind" in values else set()
-    _require_keys(path, where, values, {*_SIZES[kind], "dtype", "bias"} | own)
-    for key in _SIZES[kind]:
+    sizes = (*_SIZES[kind], "experts") if "experts" in values else _SIZES[kind]
+    _require_keys(path, where, values, {*sizes, "dtype", "bias"} | own)
+    for key in sizes:
         _require_int(path, f"{where}: {key}", values[key])
         _require(values[key] < 2**63, path, f"{where}: {key} is {show(values[key])}")
     dtype, bias = values["dtype"], values["bias"]
     known = isinstance(dtype, str) and dtype in _DTYPES
     _require(known, path, f"{where}: dtype must be one of {list(_DTYPES)}, got {show(dtype)}")
     _require(isinstance(bias, bool), path, f"{where}: bias must be a boolean, got {show(bias)}")
+    _require(not (bias and "experts" in values), path, f"{where}: experts have no bias")
     return SavedLayer(**values)
 
 
@@ -263,7 +296,7 @@ def check_layer(
         if stated != found:
             raise CheckpointError(f"{where}: {part} is {stated} but the sketch has {found}")
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "z": (z, (layer.out_features, structure.reduced_features)),
+        "z": (z, layer.z_shape),
         "bias": (bias, (layer.out_features,)),
     }
     if isinstance(structure, LearnedStructure):

@@ -110,7 +110,7 @@ def inspect(
         before, after = before + dense, after + compressed
         table.add_row(
             name,
-            f"{layer.out_features}×{layer.in_features}",
+            f"{layer.experts}×" * bool(layer.experts) + f"{layer.out_features}×{layer.in_features}",
             layer.kind,
             f"{dense / compressed:.3g}" if layer.reduction is None else str(layer.reduction),
             str(layer.num_hashes),
@@ -233,11 +233,12 @@ def export(
 def _layer_bytes(layer: SavedLayer) -> tuple[int, int]:
     """Bytes of the dense weight and bias, and of z, bias and sketch."""
     supergroups = -(-layer.in_features // layer.features_per_group)
+    experts = layer.experts or 1
     element = {"float64": 8, "float32": 4}.get(layer.dtype, 2)
     bias = layer.out_features if layer.bias else 0
-    dense = element * (layer.out_features * layer.in_features + bias)
+    dense = element * (experts * layer.out_features * layer.in_features + bias)
     slots = supergroups * layer.slots_per_group
-    stored = element * (layer.out_features * slots + bias)
+    stored = element * (experts * layer.out_features * slots + bias)
     if layer.reduction is None:
         sketch = element * layer.num_hashes * slots * layer.features_per_group
     else:

@@ -103,6 +103,7 @@ class SS1ExpertLinear(nn.Module):
             ``[J, G, gsize, r]`` in z's dtype, which are not trained.
     """
 
+    bias = None
     z: nn.Parameter
     sketch: Tensor
 
@@ -184,10 +185,14 @@ class SS1Experts(nn.Module):
     parameters, such as biases ``[E, N]``, keep their names.
     """
 
+    act_fn: Any
+    post_expert_norm: Any
+
     def __init__(self, experts: nn.Module) -> None:
         """Take over the parameters of ``experts``; dense, and sharing their memory."""
         super().__init__()
-        self.experts_class = type(experts)  # has _apply_gate, which reads attributes of the module
+        # has _apply_gate, which reads attributes of the module
+        self.experts_class: Any = type(experts)
         for name, value in vars(experts).items():
             if not name.startswith("_"):
                 setattr(self, name, value)

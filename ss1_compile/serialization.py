@@ -26,8 +26,6 @@ from ss1_compile.checkpoint import (
     ALIASES_KEY,
     CONFIG_FILE,
     FORMAT,
-    FORMAT_VERSION,
-    ROTATION_VERSION,
     TENSORS_FILE,
     SavedLayer,
     SavedModel,
@@ -40,11 +38,14 @@ from ss1_compile.checkpoint import (
 )
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CheckpointError, StructureError
-from ss1_compile.experts import SS1ExpertLinear
+from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
+from ss1_compile.learned import LearnedStructure, Structure
 from ss1_compile.modules import SS1Linear, put_layer
 from ss1_compile.stand_ins import stand_ins
 
 __all__ = ["SavedLayer", "SavedModel", "load", "read_config", "save"]
+
+_COMPRESSED = (SS1Linear, SS1ExpertLinear)
 
 
 def save(model: nn.Module, directory: str | Path, *, config: SS1Config | None = None) -> None:
@@ -64,28 +65,19 @@ def save(model: nn.Module, directory: str | Path, *, config: SS1Config | None = 
     """
     model = getattr(model, "_orig_mod", model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    if not any(isinstance(module, SS1Linear) for module in modules.values()):
+    if not any(isinstance(module, _COMPRESSED) for module in modules.values()):
         raise CheckpointError(
             f"{type(model).__name__} has no SS1 layers to save; compress it first "
             f"(ss1_compile.compress)"
         )
-    experts = [name for name, module in modules.items() if isinstance(module, SS1ExpertLinear)]
-    if experts:
-        raise CheckpointError(
-            f"{experts[0]}: the file format has no place for the experts of one parameter; exclude "
-            f"them from the compression, or store model.state_dict() with torch.save"
-        )
     tensors, aliases = _collect(modules)
-    layers = {}
+    layers: dict[str, SavedLayer] = {}
     for name, module in modules.items():
-        if isinstance(module, SS1Linear):
+        if isinstance(module, _COMPRESSED):
             try:
-                structure = module.structure
+                layers[name] = SavedLayer.of(module)
             except StructureError as error:
                 raise CheckpointError(f"the model: layer {name!r}: sketch: {error}") from error
-            layers[name] = SavedLayer.of(
-                structure, dtype_name(module.z.dtype), module.bias is not None
-            )
             check_layer("the model", name, layers[name], module.z, module.bias, module.sketch)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -95,10 +87,9 @@ def save(model: nn.Module, directory: str | Path, *, config: SS1Config | None = 
             save_file(tensors, staging / TENSORS_FILE, {ALIASES_KEY: json.dumps(aliases)})
         except (SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{TENSORS_FILE} cannot be written: {error}") from error
-        rotations = all(layer.kind == "rotation" for layer in layers.values())
         document = {
             "format": FORMAT,
-            "format_version": ROTATION_VERSION if rotations else FORMAT_VERSION,
+            "format_version": max(layer.format_version for layer in layers.values()),
             "package_version": metadata.version("ss1-compile"),
             "config": None if config is None else config.to_dict(),
             "layers": {name: layer.to_dict() for name, layer in layers.items()},
@@ -188,9 +179,9 @@ def load(
 ) -> nn.Module:
     """Load a saved model into a dense skeleton of the same architecture.
 
-    The linear layers that were compressed are replaced by :class:`SS1Linear` and every tensor is
-    assigned, as ``load_state_dict(assign=True)`` does, with the stored dtype. Tensors that were
-    shared are shared again. No dense weight is allocated if the skeleton is on ``meta``.
+    The layers that were compressed are replaced by SS1 layers and every tensor is assigned, as
+    ``load_state_dict(assign=True)`` does, with the stored dtype. Tensors that were shared are
+    shared again. No dense weight is allocated if the skeleton is on ``meta``.
 
     Args:
         model: the skeleton, usually built under ``torch.device("meta")``; materialised weights are
@@ -211,7 +202,7 @@ def load(
     tensors, aliases = read_tensors(path, saved.tensors_sha256)
     with stand_ins(model, saved.layers) as inside:
         modules = dict(model.named_modules(remove_duplicate=False))
-        replaced: dict[int, SS1Linear] = {}
+        replaced: dict[int, SS1Linear | SS1ExpertLinear] = {}
         for name, layer in saved.layers.items():
             old = modules.get(name)
             if old is None:
@@ -224,8 +215,7 @@ def load(
             parts = [tensors.get(aliases.get(key, key)) for key in keys]
             structure = check_layer(str(path), name, layer, *parts)
             if id(old) not in replaced:
-                new = SS1Linear(structure, layer.bias, device="meta")
-                replaced[id(old)] = new.train(old.training)
+                replaced[id(old)] = _skeleton(structure, layer).train(old.training)
         slots = _slots(modules, saved.layers, replaced)
         _check_slots(path, slots, tensors, aliases)
         values = _place(slots, tensors, aliases, None if device is None else torch.device(device))
@@ -237,6 +227,17 @@ def load(
     return replaced.get(id(model), model)
 
 
+def _skeleton(structure: Structure, layer: SavedLayer) -> SS1Linear | SS1ExpertLinear:
+    """A layer of the saved sizes on ``meta``."""
+    if layer.experts is None:
+        return SS1Linear(structure, layer.bias, device="meta")
+    z = nn.Parameter(torch.empty(layer.z_shape, device="meta"))
+    blocks = None
+    if isinstance(structure, LearnedStructure):
+        blocks = torch.empty(structure.sketch_shape, device="meta")
+    return SS1ExpertLinear(structure, z, blocks)
+
+
 def _check_fits(name: str, layer: SavedLayer, old: nn.Module) -> None:
     """Raise unless ``old`` is a linear layer, or SS1 layer, of the saved sizes."""
     sizes = _linear_sizes(old)
@@ -244,6 +245,14 @@ def _check_fits(name: str, layer: SavedLayer, old: nn.Module) -> None:
         raise CheckpointError(
             f"{CONFIG_FILE}: layer {name!r} is a {type(old).__name__} in the model, not a plain "
             f"nn.Linear, Conv1D or SS1Linear"
+        )
+    experts = None
+    if isinstance(old, ExpertLinear | SS1ExpertLinear):
+        experts = (old.z if isinstance(old, SS1ExpertLinear) else old.weight).shape[0]
+    if experts != layer.experts:
+        raise CheckpointError(
+            f"{CONFIG_FILE}: layer {name!r} has experts = {layer.experts}; in the model there are "
+            f"{experts}"
         )
     if sizes != (layer.in_features, layer.out_features):
         raise CheckpointError(
@@ -257,8 +266,11 @@ def _check_fits(name: str, layer: SavedLayer, old: nn.Module) -> None:
 
 def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     """``(K, N)`` of a layer that an ``SS1Linear`` may replace, ``None`` for any other module."""
-    if isinstance(module, SS1Linear):
+    if isinstance(module, _COMPRESSED):
         return module.in_features, module.out_features
+    if isinstance(module, ExpertLinear):
+        n, k = module.matrices.shape[1:]
+        return k, n
     # Parametrised and weight-normed layers hold other parameters or submodules.
     if set(module._parameters) != {"weight", "bias"} or module._modules or module._buffers:
         return None
@@ -273,14 +285,14 @@ def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 def _slots(
     modules: Mapping[str, nn.Module],
     layers: Mapping[str, SavedLayer],
-    replaced: Mapping[int, SS1Linear],
+    replaced: Mapping[int, SS1Linear | SS1ExpertLinear],
 ) -> list[_Slot]:
     """Every place of the skeleton and of its new layers that needs a tensor."""
     slots = []
     for path, old in modules.items():
-        if path not in layers and (id(old) in replaced or isinstance(old, SS1Linear)):
+        if path not in layers and (id(old) in replaced or isinstance(old, _COMPRESSED)):
             raise CheckpointError(
-                f"{CONFIG_FILE}: layer {path!r} is not listed, but in the model it is an SS1Linear "
+                f"{CONFIG_FILE}: layer {path!r} is not listed, but in the model it is an SS1 layer "
                 f"or shared with a layer that is listed"
             )
         owner = replaced.get(id(old), old)
@@ -298,7 +310,7 @@ def _origin(old: nn.Module, attribute: str) -> Any:
     """The tensor of a replaced layer whose part z, bias or sketch of the new one takes over."""
     if attribute == "bias":
         return old.bias
-    return old.z if isinstance(old, SS1Linear) else old.weight
+    return old.z if isinstance(old, _COMPRESSED) else old.weight
 
 
 def _check_slots(

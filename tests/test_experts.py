@@ -1,6 +1,8 @@
 """Experts of Transformers' models, and products with one matrix per expert in graphs."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
@@ -9,9 +11,11 @@ from torch import nn
 
 import ss1_compile
 from ss1_compile import Report, SS1Structure
+from ss1_compile.cli import _layer_bytes
 from ss1_compile.errors import CheckpointError
 from ss1_compile.experts import SS1ExpertLinear, SS1Experts, is_experts, project_experts
 from ss1_compile.projection import project
+from ss1_compile.serialization import read_config
 
 transformers = pytest.importorskip("transformers")
 QUIET = {"progress": False, "warn_error": 2.0}
@@ -206,8 +210,88 @@ def test_gathered_weights_are_reported():
         assert "gathered" in left.reason
 
 
-def test_saving_experts_is_refused(tmp_path):
+def saved_experts(directory, name="Mixtral", **options):
+    model, _ = experts_of(name)
+    report = ss1_compile.compress(model, reduction=4, **options, **QUIET)
+    ss1_compile.save(model, directory)
+    return model, report
+
+
+@pytest.fixture(scope="module")
+def saved_mixtral(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("mixtral")
+    saved_experts(directory)
+    return directory
+
+
+def skeleton(name="Mixtral"):
+    with torch.device("meta"):
+        return experts_of(name)[0]
+
+
+@pytest.mark.parametrize("projection", ["average", "learned"])
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_save_and_load(tmp_path, name, projection):
+    model, report = saved_experts(tmp_path, name, projection=projection)
+    saved = read_config(tmp_path)
+    assert saved.format_version == 3
+    experts = {key: layer.experts for key, layer in saved.layers.items() if layer.experts}
+    assert len(experts) == 2
+    assert set(experts.values()) == {4}
+    for key in experts:  # what `ss1 inspect` shows
+        assert _layer_bytes(saved.layers[key]) == (
+            report[key].bytes_before,
+            report[key].bytes_after,
+        )
+    loaded = ss1_compile.load(skeleton(name), tmp_path)
+    expected, found = model.state_dict(), loaded.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+    path = next(key for key, module in model.named_modules() if isinstance(module, SS1Experts))
+    again, arguments = loaded.get_submodule(path), routed()
+    assert type(again) is SS1Experts
+    assert again.gate_up_proj.z.requires_grad
+    assert torch.equal(again(*arguments), model.get_submodule(path)(*arguments))
+    twice = ss1_compile.load(loaded, tmp_path)  # over compressed experts, too
+    assert torch.equal(twice.get_submodule(path)(*arguments), again(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"experts": 3}, r"has experts = 3; in the model there are 4"),
+        ({"experts": 0}, "experts must be an integer of at least 1, got 0"),
+        ({"experts": None}, "experts must be an integer of at least 1, got None"),
+        ({"experts": True}, "experts must be an integer of at least 1, got True"),
+        ({"experts": 2**70}, "experts is 1180591620717411303424"),
+        ({"bias": True}, "experts have no bias"),
+        ({"out_features": 64}, "in the model they are 64, 192"),
+        ("experts", r"has experts = None; in the model there are 4"),
+    ],
+)
+def test_load_refuses_other_experts(saved_mixtral, tmp_path, change, problem):
+    shutil.copytree(saved_mixtral, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "ss1_config.json"
+    document = json.loads(path.read_text())
+    layer = next(v for k, v in document["layers"].items() if k.endswith("gate_up_proj"))
+    if isinstance(change, str):
+        del layer[change]
+    else:
+        layer.update(change)
+    path.write_text(json.dumps(document))
+    target = experts_of("Mixtral")[0]
+    before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
+    with pytest.raises(CheckpointError, match=problem):
+        ss1_compile.load(target, tmp_path)
+    assert target.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())
+
+
+def test_load_refuses_z_of_another_number_of_experts(tmp_path):
     model, _ = experts_of("Mixtral")
     ss1_compile.compress(model, reduction=4, **QUIET)
-    with pytest.raises(CheckpointError, match=r"experts\.\w+: the file format has no place"):
-        ss1_compile.save(model, tmp_path)
+    layer = next(m for m in model.modules() if isinstance(m, SS1ExpertLinear))
+    layer.z = nn.Parameter(layer.z[:3])
+    ss1_compile.save(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"has experts = 3; in the model there are 4"):
+        ss1_compile.load(skeleton(), tmp_path)
