@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -154,6 +155,12 @@ def with_hook():
     return layer
 
 
+def hooked_weight_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(nn.Linear(D, D))
+
+
 class TiedHead(nn.Module):
     def __init__(self):
         super().__init__()
@@ -168,6 +175,7 @@ LEFT = {
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(D, D)),
         "parametrised",
     ),
+    "old weight norm": (hooked_weight_norm, "parametrised"),
     "hook": (with_hook, "hooks"),
     "tied": (TiedHead, "tied to 0.embedding.weight"),
     "attention subclass": (lambda: Attention(D, 4), "reads its weight directly"),
@@ -184,6 +192,30 @@ def test_left_with_a_reason(name):
     assert all(reason in row.reason for row in report.left)
     with pytest.raises(UnhandledLinearError, match="strict"):
         quiet(nn.Sequential(make(), nn.Linear(D, D)), strict=True)
+
+
+class Adapted(nn.Module):
+    """What the libraries of low-rank adapters put in the place of a linear layer."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + 2.0 * self.lora_B(self.lora_A(x))
+
+
+def test_the_layer_inside_an_adapter_is_compressed_and_the_adapter_is_named():
+    model = nn.Sequential(Adapted(nn.Linear(D, D), 4), nn.Linear(D, D))
+    x, dense = torch.randn(3, D), copy.deepcopy(model)
+    report = quiet(model, reduction=1)
+    assert {row.name for row in report.compressed} == {"0.base_layer", "1"}
+    reasons = {row.name: row.reason for row in report.left}
+    assert reasons.keys() == {"0.lora_A", "0.lora_B"}
+    assert all("smaller than min_features" in reason for reason in reasons.values())
+    torch.testing.assert_close(model(x), dense(x))
 
 
 def test_what_the_config_leaves_dense_is_no_strict_error():
