@@ -15,10 +15,12 @@ gathering and adding took 1.3 … 6 times as long in ONNX Runtime.
 **Products.** ``Y[:, block j] = X3[:, :, j] @ Z[block j]ᵀ``. If all layers of a model agree on J,
 the J products are written out: ONNX Runtime packs constant matrices ahead, but not a batch of them
 (int8, one row, 4096 → 4096, c = 4: 0.32 against 1.0 ms). Otherwise they are one batched product.
+:mod:`.products` writes them.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import onnx
@@ -26,6 +28,7 @@ from onnx import parser
 
 from ss1_compile.kernels.layout import VECTOR_WIDTH
 from ss1_compile.onnx.operators import DOMAIN, IN_FEATURES, Operator
+from ss1_compile.onnx.products import products
 
 MAX_UNROLLED = 16
 """Column blocks up to which the products are written out."""
@@ -39,11 +42,14 @@ class Traits:
         num_hashes: J, or ``None`` if they differ.
         pads: whether some layer's K is not a multiple of the group size.
         cuts: whether some layer's N is not a multiple of J.
+        wide: whether some int8 Z exceeds ±63 and its products have to be exact on CPUs that add
+            pairs of 8-bit products in 16 bits. Matters where activations are quantised per token.
     """
 
     num_hashes: int | None = None
     pads: bool = True
     cuts: bool = True
+    wide: bool = True
 
     @property
     def unrolled(self) -> int | None:
@@ -60,27 +66,22 @@ def function_body(
     Without traits the body serves every layer, at some cost in speed.
     """
     traits = traits or Traits()
-    dynamic = operator.quantization == "int8_dynamic"
-    lines = list(_SIZES)
-    lines += _ROTATION if operator.kind == "rotation" else _LEARNED
+    quantization = operator.quantization
+    lines = [*_SIZES, *(_ROTATION if operator.kind == "rotation" else _LEARNED)]
     if traits.pads:
         lines += _PAD
     lines.append(f"x1 = Reshape ({'padded' if traits.pads else 'X'}, grouped)")
     lines += _APPLY_ROTATION if operator.kind == "rotation" else _APPLY_LEARNED
-    weight = "Z"
-    if operator.quantization == "int8_weight_only":
+    if quantization == "int8_per_token":
+        lines = [*_WIDEN, *(_widened(line) for line in lines)]
+    if quantization == "int8_weight_only":
         lines += _DEQUANTIZE
-        weight = "z"
-    if dynamic:
-        lines += _QUANTIZE
-    if traits.unrolled is not None:
-        lines += _unrolled(traits.unrolled, weight, dynamic)
-    else:
-        lines += _batched(weight, dynamic, traits.cuts)
-    if dynamic:
+    lines += products(quantization, traits.unrolled, traits.cuts, traits.wide)
+    rounds = quantization in ("int8_dynamic", "int8_per_token")
+    if rounds:
         lines.append("typed = CastLike (product, X)")
     lines += [
-        f"biased = Add ({'typed' if dynamic else 'product'}, B)",
+        f"biased = Add ({'typed' if rounds else 'product'}, B)",
         "lead = Shape <start = 0, end = -1> (X)",
         "out_shape = Concat <axis = 0> (lead, N)",
         "Y = Reshape (biased, out_shape)",
@@ -176,12 +177,6 @@ _APPLY_LEARNED = [
     "x3 = Reshape (by_row, sketched_shape)",
 ]
 
-_QUANTIZE = [
-    "x3_float = Cast <to = 1> (x3)",
-    "x4, x_scale, x_zero = DynamicQuantizeLinear (x3_float)",
-    "scales = Reshape (scale, any)",
-]
-
 _DEQUANTIZE = [
     "scale_axis = Constant <value_ints = [2]> ()",
     "groups = Shape <start = 1, end = 2> (scale)",
@@ -195,78 +190,11 @@ _DEQUANTIZE = [
     "z = CastLike (z_flat, X)",
 ]
 
-
-def _product(x: str, w: str, scale: str, out: str, dynamic: bool) -> list[str]:
-    """``out = x @ w``; the order that ONNX Runtime fuses if x is quantised."""
-    if not dynamic:
-        return [f"{out} = MatMul ({x}, {w})"]
-    return [
-        f"{out}_int = MatMulInteger ({x}, {w}, x_zero)",
-        f"{out}_float = Cast <to = 1> ({out}_int)",
-        f"{out}_scale = Mul (x_scale, {scale})",
-        f"{out} = Mul ({out}_float, {out}_scale)",
-    ]
+# Activations that are quantised per token are sketched in float32, as PyTorch's kernels do.
+_WIDEN = ["x_wide = Cast <to = 1> (X)"]
 
 
-def _unrolled(num_hashes: int, weight: str, dynamic: bool) -> list[str]:
-    """A product per column block. ``Split`` cuts N as ``block_n`` does: the last may be smaller."""
-    sources = [("x4" if dynamic else "x3", "x", 2), (weight, "w", 0)]
-    if dynamic:
-        sources.append(("scales", "s", 0))
-    names = {short: [f"{short}_{j}" for j in range(num_hashes)] for _, short, _ in sources}
-    lines = ["flat = Concat <axis = 0> (any, Kc)"]
-    for source, short, axis in sources:
-        if num_hashes == 1:
-            names[short] = [source]
-        else:
-            lines.append(
-                f"{', '.join(names[short])} = "
-                f"Split <axis = {axis}, num_outputs = {num_hashes}> ({source})"
-            )
-    products = [f"y_{j}" for j in range(num_hashes)]
-    for j, product in enumerate(products):
-        lines += [
-            f"rows_{j} = Reshape ({names['x'][j]}, flat)",
-            f"right_{j} = Transpose <perm = [1, 0]> ({names['w'][j]})",
-        ]
-        scale = names["s"][j] if dynamic else ""
-        lines += _product(f"rows_{j}", f"right_{j}", scale, product, dynamic)
-    if num_hashes == 1:
-        return [*lines, "product = Identity (y_0)"]
-    return [*lines, f"product = Concat <axis = 1> ({', '.join(products)})"]
-
-
-def _batched(weight: str, dynamic: bool, cuts: bool) -> list[str]:
-    """One batched product over the column blocks, zero rows of z filling the last one."""
-    lines = [
-        "by_hash = Transpose <perm = [2, 0, 1, 3]> (" + ("x4" if dynamic else "x3") + ")",
-        "by_hash_shape = Concat <axis = 0> (J, any, Kc)",
-        "left = Reshape (by_hash, by_hash_shape)",
-        "rounding = Sub (J, one)",
-        "rounded = Add (N, rounding)",
-        "block_n = Div (rounded, J)",
-        "filled = Mul (block_n, J)",
-        "lacking = Sub (filled, N)",
-        "no_rows = Constant <value_ints = [0]> ()",
-        "fill = Concat <axis = 0> (no_rows, no_rows, lacking, no_rows)",
-        f"z_filled = Pad ({weight}, fill)",
-        "blocks_shape = Concat <axis = 0> (J, block_n, Kc)",
-        "z_blocks = Reshape (z_filled, blocks_shape)",
-        "right = Transpose <perm = [0, 2, 1]> (z_blocks)",
-    ]
-    if dynamic:
-        lines += [
-            "fill_scale = Concat <axis = 0> (no_rows, lacking)",
-            "scale_filled = Pad (scales, fill_scale)",
-            "scale_shape = Concat <axis = 0> (J, one, block_n)",
-            "block_scale = Reshape (scale_filled, scale_shape)",
-        ]
-    lines += _product("left", "right", "block_scale", "by_block", dynamic)
-    lines += [
-        "blocks_of_row = Transpose <perm = [1, 0, 2]> (by_block)",
-        "filled_shape = Concat <axis = 0> (any, filled)",
-        f"{'whole_rows' if cuts else 'product'} = Reshape (blocks_of_row, filled_shape)",
-    ]
-    if cuts:
-        lines.append("product = Slice (whole_rows, no_rows, N, one)")
-    return lines
+def _widened(line: str) -> str:
+    if line.startswith("blocks = "):
+        return "sketch_wide = Cast <to = 1> (sketch)\n" + line.replace("(sketch)", "(sketch_wide)")
+    return re.sub(r"\bX\b", "x_wide", line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +22,9 @@ from ss1_compile.onnx.operators import (
     Operator,
     operator_of,
 )
+
+SEVEN_BITS, EIGHT_BITS = 63, 127
+"""Largest magnitudes of int8 codes."""
 
 FORMAT_VERSION = "1"
 FORMAT_KEY = "ss1.format"
@@ -197,7 +200,7 @@ def drop_unused(model: ir.Model, value: ir.Value | None) -> None:
 def traits_of(model: ir.Model, operator: Operator) -> Traits:
     """What the layers that use ``operator`` have in common."""
     hashes: set[int] = set()
-    pads = cuts = False
+    pads = cuts = wide = False
     for node, of in ss1_nodes(model):
         if of != operator:
             continue
@@ -208,17 +211,25 @@ def traits_of(model: ir.Model, operator: Operator) -> Traits:
         pads |= in_features_of(node) != groups * size
         cuts |= num_hashes * block_n(out_features, num_hashes) != out_features
         hashes.add(num_hashes)
-    return Traits(hashes.pop() if len(hashes) == 1 else None, pads, cuts)
+        if of.quantization == "int8_per_token" and not wide:
+            wide = bool((np.abs(z.numpy().astype(np.int16)) > SEVEN_BITS).any())
+    return Traits(hashes.pop() if len(hashes) == 1 else None, pads, cuts, wide)
 
 
-def attach_functions(model: ir.Model) -> None:
-    """Give every SS1 operator that the model uses its body, a local function, in place."""
+def attach_functions(model: ir.Model, reduce_range: bool = True) -> None:
+    """Give every SS1 operator that the model uses its body, a local function, in place.
+
+    Args:
+        model: that has the nodes.
+        reduce_range: whether products of 8-bit codes must be exact on CPUs that add pairs of them
+            in 16 bits; see :func:`ss1_compile.export_onnx`.
+    """
     used = {operator for _, operator in ss1_nodes(model)}
     opset = int(model.graph.opset_imports.get("", 0))
     for operator in used:
-        body = ir.serde.deserialize_function(
-            function_body(operator, opset, traits_of(model, operator))
-        )
+        traits = traits_of(model, operator)
+        traits = replace(traits, wide=traits.wide and reduce_range)
+        body = ir.serde.deserialize_function(function_body(operator, opset, traits))
         model.functions[body.identifier()] = body
     if used:
         model.graph.opset_imports[DOMAIN] = VERSION

@@ -4,7 +4,10 @@
 ``SS1Linear``                     ``Y [..., N]`` of ``X [..., K]``: the rotation sketch
 ``SS1LearnedLinear``              the same with learned blocks as the sketch
 ``…Int8``                         Z is int8 with a scale per row: weight-only
-``…Int8Dynamic``                  the same, and the sketched input is quantised at run time
+``…Int8Dynamic``                  the same, and the sketched input is quantised at run time, per
+                                  tensor and to uint8
+``…Int8PerToken``                 the same, but per row of X and column block, to ±127: the
+                                  arithmetic of ``torch.ops.ss1.linear_quantized``
 ================================  ================================================================
 
 Operands: ``X [..., K]``, ``sketch`` (int32 ``[J, G, c]`` or floating ``[J, G, gsize, r]``, see
@@ -34,13 +37,15 @@ VERSION = 1
 IN_FEATURES = "in_features"
 
 Kind = Literal["rotation", "learned"]
+Arithmetic = Quantization | Literal["int8_per_token"]
 
 _FLOATS = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)", "tensor(double)"]
 _NAMES: dict[Kind, str] = {"rotation": "SS1Linear", "learned": "SS1LearnedLinear"}
-_SUFFIXES: dict[Quantization | None, str] = {
+_SUFFIXES: dict[Arithmetic | None, str] = {
     None: "",
     "int8_weight_only": "Int8",
     "int8_dynamic": "Int8Dynamic",
+    "int8_per_token": "Int8PerToken",
 }
 
 
@@ -54,7 +59,7 @@ class Operator:
     """
 
     kind: Kind
-    quantization: Quantization | None = None
+    quantization: Arithmetic | None = None
 
     @property
     def name(self) -> str:

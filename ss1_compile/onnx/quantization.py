@@ -14,6 +14,8 @@ from ss1_compile.errors import ConfigError, QuantizationError
 from ss1_compile.kernels import portable
 from ss1_compile.kernels.layout import block_n
 from ss1_compile.onnx.layers import (
+    EIGHT_BITS,
+    SEVEN_BITS,
     add_initializer,
     constant,
     copy_output,
@@ -23,7 +25,15 @@ from ss1_compile.onnx.layers import (
 )
 from ss1_compile.onnx.operators import DOMAIN, VERSION
 
-SEVEN_BITS, EIGHT_BITS = 63, 127
+__all__ = [
+    "EIGHT_BITS",
+    "SEVEN_BITS",
+    "check_quantization",
+    "emulate",
+    "quantize",
+    "round_rows",
+]
+
 _QUANTIZATIONS = (None, "int8_weight_only", "int8_dynamic")
 
 

@@ -285,7 +285,7 @@ def _calibrate(
         save_model(model, stage / "calibration.onnx")
     finally:
         del outputs[count:]
-    names = [output.name for output in [*outputs, *probed]]
+    names = [output.name or "" for output in [*outputs, *probed]]
     runner = Runner(stage / "calibration.onnx")
     moments: dict[ir.Value, Moments] = {}
     for feeds in batches:
@@ -294,7 +294,10 @@ def _calibrate(
             raise CalibrationError(
                 f"the file takes {list(runner.inputs)}; the feeds have {list(feeds)}"
             )
-        values = {**feeds, **dict(zip(names, runner.run_arrays(feeds), strict=True))}
+        values: dict[str, Any] = {
+            **feeds,
+            **dict(zip(names, runner.run_arrays(feeds), strict=True)),
+        }
         for x, layer in chosen.items():
             rows = to_torch(np.asarray(values[x.name or ""])).reshape(-1, layer.weight.shape[1])
             held = moments.setdefault(x, Moments(rows.shape[1], rows.device))

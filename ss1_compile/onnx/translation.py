@@ -5,22 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir as ir
 import onnxscript
 import torch
 from onnxscript import opset18
 
 import ss1_compile.kernels  # noqa: F401 - registers torch.ops.ss1
-from ss1_compile.onnx.operators import DOMAIN, VERSION, Operator, register_schemas
+from ss1_compile.errors import ExportError
+from ss1_compile.onnx.operators import DOMAIN, VERSION, Arithmetic, Operator, register_schemas
 
 
 def _linear(x: Any, sketch: Any, z: Any, bias: Any = None) -> Any:
-    """``ss1::linear``. The dtype of the sketch tells its kind, as it does in PyTorch."""
+    """``ss1::linear``."""
+    return _node(None, x, sketch, z, bias)
+
+
+def _linear_quantized(
+    x: Any, sketch: Any, z: Any, scale: Any, bias: Any = None, dynamic: bool = False
+) -> Any:
+    """``ss1::linear_quantized`` with int8 z."""
+    if z.dtype != ir.DataType.INT8:
+        raise ExportError(
+            f"z is {z.dtype}: ONNX Runtime multiplies no float8 matrices; quantise to int8"
+        )
+    return _node("int8_per_token" if dynamic else "int8_weight_only", x, sketch, z, scale, bias)
+
+
+def _node(arithmetic: Arithmetic | None, x: Any, sketch: Any, *operands: Any) -> Any:
+    """The dtype of the sketch tells its kind, as it does in PyTorch."""
+    *others, bias = operands
     if bias is None:
         zero: Any = opset18.Constant(value_float=0.0)
         bias = opset18.CastLike(zero, x)
-    operator = Operator("learned" if sketch.dtype.is_floating_point() else "rotation")
+    operator = Operator("learned" if sketch.dtype.is_floating_point() else "rotation", arithmetic)
     ss1 = onnxscript.values.Opset(DOMAIN, VERSION)
-    return getattr(ss1, operator.name)(x, sketch, z, bias, in_features=int(x.shape[-1]))
+    return getattr(ss1, operator.name)(x, sketch, *others, bias, in_features=int(x.shape[-1]))
 
 
 def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
@@ -30,4 +49,7 @@ def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
     ``model`` before saving it, or register kernels. :func:`ss1_compile.export_onnx` does all that.
     """
     register_schemas()  # onnxscript makes a node only of an operator that has a schema
-    return {torch.ops.ss1.linear.default: _linear}
+    return {
+        torch.ops.ss1.linear.default: _linear,
+        torch.ops.ss1.linear_quantized.default: _linear_quantized,
+    }

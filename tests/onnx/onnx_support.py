@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import ss1_compile
 from ss1_compile import SS1Structure
+from ss1_compile.kernels.quantize import quantize_rows
 from ss1_compile.onnx.functions import Traits, function_body
 from ss1_compile.onnx.operators import DOMAIN, Operator
 from ss1_compile.onnx.quantization import round_rows
@@ -32,6 +33,26 @@ class LearnedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.ss1.linear(x, self.sketch, self.z, self.bias)
+        return y
+
+
+class QuantizedLinear(nn.Module):
+    """The quantised operator on the tensors of a floating layer."""
+
+    def __init__(
+        self, layer: Any, dynamic: bool, dtype: torch.dtype = torch.int8, groups: int = 1
+    ) -> None:
+        super().__init__()
+        z, scale = quantize_rows(layer.z.detach(), dtype=dtype, groups=groups)
+        self.dynamic = dynamic
+        tensors = {"sketch": layer.sketch, "z": z, "scale": scale, "bias": layer.bias}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.ss1.linear_quantized(
+            x, self.sketch, self.z, self.scale, self.bias, self.dynamic
+        )
         return y
 
 

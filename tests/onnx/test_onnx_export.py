@@ -7,14 +7,15 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx_support import DYNAMIC, LearnedLinear, small_model
+from onnx_support import DYNAMIC, LearnedLinear, QuantizedLinear, small_model
 from torch import nn
 from typer.testing import CliRunner
 
 import ss1_compile
-from ss1_compile import SS1Config, export_onnx
+from ss1_compile import SS1Config, export_onnx, from_onnx
 from ss1_compile.cli import app
 from ss1_compile.errors import ConfigError, ExportError, VerificationError
+from ss1_compile.kernels.quantize import dequantize
 from ss1_compile.onnx import export, functions, inline, onnx_translation_table
 from ss1_compile.onnx.operators import DOMAIN
 from ss1_compile.onnx.verification import relative_error
@@ -105,6 +106,32 @@ def test_learned_sketch_and_exported_programs(tmp_path):
     report = export_onnx(compressed, (), tmp_path / "m.onnx", opset=23)
     assert report.max_error < 1e-5
     assert report.layers[0].name == "0"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("form", ["function", "standard"])
+def test_quantised_layers(dynamic, form, tmp_path):
+    """A model that has ``ss1::linear_quantized``, of either kind of sketch."""
+    model = nn.Sequential(
+        QuantizedLinear(small_model()[0], dynamic),
+        nn.GELU(),
+        QuantizedLinear(LearnedLinear(96, 34, 3, 8, 2), dynamic),
+    ).eval()
+    path = tmp_path / "m.onnx"
+    report = export_onnx(model, (X,), path, form=form, dynamic_shapes=AXES)
+    assert report.max_error < (1e-2 if dynamic else 1e-5)
+    suffix = "Int8PerToken" if dynamic else "Int8"
+    assert [r.op for r in report.layers] == [f"SS1Linear{suffix}", f"SS1LearnedLinear{suffix}"]
+    assert report.linear_bytes < report.linear_bytes_dense / 3
+    if form == "function":
+        layer = from_onnx(path)["0"]
+        assert torch.equal(layer.z, dequantize(model[0].z, model[0].scale))
+
+
+def test_float8_layers_are_refused_with_the_mend(tmp_path):
+    model = nn.Sequential(QuantizedLinear(small_model()[0], True, torch.float8_e4m3fn)).eval()
+    with pytest.raises(ExportError, match="quantise to int8"):
+        export_onnx(model, (X,), tmp_path / "m.onnx", dynamic_shapes=AXES)
 
 
 def test_metadata_and_no_local_paths(program, tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import onnx
 import pytest
 import torch
@@ -66,6 +68,41 @@ def test_int8_bodies_compute_the_quantised_arithmetic(layer, general, quantizati
     assert relative_error(found, torch.from_numpy(exact)) < 1e-2
 
 
+@settings(deadline=None, max_examples=25)
+@given(layers(), st.booleans(), st.sampled_from([63, 127]))
+def test_per_token_bodies_compute_the_quantised_operator(layer, general, levels):
+    """``ss1::linear_quantized``, ragged, with codes beyond ±63 that need two exact products."""
+    kind, k, sketch, z, bias = layer
+    x = torch.randn(2, 3, k) * 10.0 ** torch.randint(-3, 3, (2, 3, 1))  # a scale per row matters
+    x[0, 1] = 0
+    traits = replace(traits_of(k, sketch, z), wide=levels > 63)
+    model = layer_model(
+        Operator(kind, "int8_per_token"),
+        sketch,
+        z,
+        bias,
+        k,
+        traits=Traits() if general else traits,
+        levels=levels,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    codes, scale = (torch.from_numpy(a) for a in round_rows(z.numpy(), levels))
+    expected = torch.ops.ss1.linear_quantized(x, sketch, codes, scale, bias, True)
+    found = run_ort(model, x)
+    for row in range(x.shape[0]):  # per row: a small one must not hide behind a large one
+        assert relative_error(found[row], expected[row]) < 1e-2
+    if bias is None:
+        assert not found[0, 1].any()
+
+
+def test_two_parts_are_exact_where_pairs_of_products_overflow():
+    z = torch.full((8, 64), 1.0)
+    sketch = torch.zeros(1, 1, 1, dtype=torch.int32)
+    x = torch.full((1, 2, 64), 3.0)
+    model = layer_model(Operator("rotation", "int8_per_token"), sketch, z, None, 64, levels=127)
+    assert torch.allclose(run_ort(model, x), torch.full((1, 2, 8), 192.0), rtol=1e-6)
+
+
 def test_emulation_is_that_of_the_definition():
     """Against float64 from the written-out definition, with the quantised operands."""
     torch.manual_seed(0)
@@ -92,7 +129,7 @@ def test_eight_bit_rows_saturate_and_zero_rows_stay_zero():
 
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
 def test_bodies_call_standard_operators_only(operator):
-    for traits in (Traits(), Traits(1, False, False), Traits(4, True, True)):
+    for traits in (Traits(), Traits(1, False, False), Traits(4, True, True, False)):
         body = function_body(operator, 20, traits)
         assert {node.domain for node in body.node} == {""}
         assert (body.domain, body.name) == (DOMAIN, operator.name)
