@@ -93,7 +93,9 @@ def _addmm(node: fx.Node, emit: _Emit, roots: frozenset[fx.Node], wanted: Wanted
     if not _wanted_root(weight, roots, wanted, value.shape[1], value.shape[0]):
         return None
     y = emit(_aten.mul.Tensor, emit(_aten.mm.default, x, weight), alpha)
-    return emit(_aten.add.Tensor, y, emit(_aten.mul.Tensor, bias, beta))
+    y = emit(_aten.add.Tensor, y, emit(_aten.mul.Tensor, bias, beta))
+    dtype = example(node).dtype  # under autocast addmm casts the bias, too, and add does not
+    return y if example(y).dtype == dtype else emit(_aten.to.dtype, y, dtype)
 
 
 # --- 1×1 convolutions ---------------------------------------------------------------------------
