@@ -420,8 +420,9 @@ def one_kernel(
         *(float(eps), rms, tile),
     )
     plan(x, residual, weight, bias, code, out, summed, normed)
-    empty = x.new_empty(0)
-    return out, empty if summed is None else summed, empty if normed is None else normed
+    # an operator's outputs must not alias each other: an empty tensor of its own for each
+    summed = x.new_empty(0) if summed is None else summed
+    return out, summed, x.new_empty(0) if normed is None else normed
 
 
 @lru_cache(maxsize=4096)
@@ -472,9 +473,8 @@ def rows_first(
         out = triton_sketch.sketch(source, code, reduced_features, prologue=prologue, aux=aux)
     else:
         out = triton_blocks.sketch(source, code, prologue=prologue, aux=aux)
-    empty = x.new_empty(0)
-    kept = normed if keep_norm and normed is not None else empty
-    return out, empty if summed is None else summed, kept
+    kept = normed if keep_norm and normed is not None else x.new_empty(0)
+    return out, x.new_empty(0) if summed is None else summed, kept
 
 
 def statistics_first(

@@ -67,6 +67,7 @@ def test_norm_sketch(rows, features, c, hashes, block_k, dtype, kind):
                 assert_close(normed, expected, factor=2)
             else:
                 assert normed.shape == (0,)
+                assert normed is not summed  # Dynamo refuses outputs that alias each other
 
 
 @pytest.mark.parametrize("kind", ["rotation", "learned"])
