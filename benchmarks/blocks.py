@@ -18,7 +18,7 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
-from compiled import KINDS, Case, Variant, measure, run, swap
+from compiled import FUSE_ONLY, KINDS, Case, Variant, measure, run, swap
 from models import on_gpu, show
 from torch import Tensor, nn
 
@@ -114,7 +114,7 @@ def unfused(case: Case, label: str, seconds: float) -> list[dict[str, Any]]:
     for kind in KINDS:
         model = case.build()
         swap(model, variant.choose, kind)
-        found = run(case, model, seconds, True, backend="ss1", options={"fuse": False})
+        found = run(case, model, seconds, True, backend="ss1", options={**FUSE_ONLY, "fuse": False})
         head = {"model": case.model, "size": case.size, "variant": label}
         rows.append({**head, "kind": kind, **found})
     return rows
@@ -143,7 +143,7 @@ def main() -> None:
                 c = int(row["variant"].split()[-1])
                 floor = 2 * row["multiplications"] / c / ceilings[1] / 1e9
                 row["floor_ms"] = round(floor, 4)
-                row["of_floor"] = round(floor / row["graph_ms"], 3)
+                row["of_floor"] = round(floor / row["gpu_ms"], 3)
         result["blocks"] += rows
         result["unfused"] += unfused(case, PROFILED, options.seconds)
         show(rows)

@@ -6,8 +6,8 @@
 
 Random weights from the published sizes, bfloat16, no gradients. Dense is compiled with
 ``max-autotune-no-cudagraphs``, SS1 with ``backend="ss1"``; transformer blocks are compiled one by
-one (equal blocks share a graph) in both. *Replayed* is a CUDA graph of the same call: the time
-without launching, which small batches are bound by.
+one (equal blocks share a graph) in both. Launched calls are timed and, apart, the kernels alone:
+what launching costs is the difference.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ FAMILIES: dict[str, Callable[[bool], Iterator[Case]]] = {
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the rows as a table."""
-    columns = ("model", "size", "variant", "kind", "ms", "speedup", "graph_ms", "graph_speedup")
+    columns = ("model", "size", "variant", "kind", "ms", "speedup", "gpu_ms", "gpu_speedup")
     columns += ("peak_mb", "weights_mb", "first_call_s")
     table = Table(*columns)
     for row in rows:
