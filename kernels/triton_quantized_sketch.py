@@ -364,13 +364,15 @@ def rotation(
     vectors = min(pow2(reduced_features // 8), _MOST_SLOTS // 8)
     slots, warps, _ = tile or (4096, 4, 0)
     tile_rows = 1 if few else max(1, min(8, slots // (vectors * 8)))
+    # No more threads than vectors of 16 bytes: narrower loads, and a reduction across more warps.
+    warps = max(1, min(8 if vectors * 8 * tile_rows > 4096 else warps, vectors * tile_rows // 32))
     _gather_kernel[(triton.cdiv(rows, tile_rows) * (hashes if few else 1),)](
         *operands,
         V=vectors,
         CHUNKS=triton.cdiv(reduced_features // 8, vectors),
         BM=tile_rows,
         SPLIT_HASHES=few,
-        num_warps=8 if vectors * 8 * tile_rows > 4096 else warps,
+        num_warps=warps,
         **common,
     )
     return q, scale
