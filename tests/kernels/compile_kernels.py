@@ -222,6 +222,7 @@ def main():
             json.dumps(
                 {
                     "kernel": kernel.fn.__name__,
+                    "module": kernel.fn.__module__.rpartition(".")[2],
                     "spilled": ".local" in ptx,
                     "widths": sorted(widths),
                     "copies_16_bytes": "cp.async.cg" in ptx or "cp.async.bulk" in ptx,

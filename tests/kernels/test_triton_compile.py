@@ -36,4 +36,5 @@ def test_kernels_compile_without_a_gpu(capability):
             # 8 bytes are whole vectors where loads are asynchronous and stores are of 8-bit values
             whole = {".v4.b32", ".v2.b32"} if kernel["copies_16_bytes"] else {".v4.b32"}
             assert whole & set(kernel["widths"]), kernel
-            assert ".b16" not in kernel["widths"], kernel
+            # loaded one by one: only the bias of the quantised stream, a value for a row of z
+            assert ".b16" not in kernel["widths"] or kernel["module"] == "triton_quantized_decode"
