@@ -6,8 +6,9 @@
 
 Random weights from the published sizes, bfloat16, no gradients. Dense is compiled with
 ``max-autotune-no-cudagraphs``, SS1 with ``backend="ss1"``; transformer blocks are compiled one by
-one (equal blocks share a graph) in both. Launched calls are timed and, apart, the kernels alone:
-what launching costs is the difference.
+one (equal blocks share a graph) in both. Timed are launched calls, the same compiled with CUDA
+graphs (dense ``max-autotune``, SS1 ``reduce-overhead``) and, apart, the kernels alone: what
+launching costs is the difference.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def bert_cases(smoke: bool) -> Iterator[Case]:
             inputs=_ids(30522, batch, 128),
             variants=variants,
             blocks=lambda m: m.encoder.layer,
+            capturable=False,
             extra={"batch": batch},
         )
 
@@ -114,6 +116,7 @@ def gpt2_cases(smoke: bool) -> Iterator[Case]:
                 Variant(f"FFN, c = {c}", everywhere(r"\.h\.(\d+)\.mlp\.", c)) for c in (2, 4, 8)
             ],
             blocks=lambda m: m.transformer.h,
+            capturable=False,
         )
 
 
@@ -152,6 +155,7 @@ def llama_cases(smoke: bool) -> Iterator[Case]:
         inputs=_ids(sizes["vocab_size"], 1, length),
         variants=variants,
         blocks=lambda m: m.model.model.layers,
+        capturable=False,
         tokens=length,
     )
     for batch in (1, 16):
@@ -203,6 +207,7 @@ def vision_cases(smoke: bool) -> Iterator[Case]:
                 for c in (4, 8)
             ],
             blocks=_vit_layers,
+            capturable=False,
         )
     import timm
 
@@ -260,7 +265,8 @@ FAMILIES: dict[str, Callable[[bool], Iterator[Case]]] = {
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the rows as a table."""
-    columns = ("model", "size", "variant", "kind", "ms", "speedup", "gpu_ms", "gpu_speedup")
+    columns = ("model", "size", "variant", "kind", "ms", "speedup", "replayed_ms")
+    columns += ("replayed_speedup", "gpu_ms", "gpu_speedup")
     columns += ("peak_mb", "weights_mb", "first_call_s")
     table = Table(*columns)
     for row in rows:
