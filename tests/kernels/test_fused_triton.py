@@ -11,9 +11,10 @@ from ss1_compile.kernels import (  # isort: skip
     triton_activation,
     triton_gemm,
     triton_norm,
+    triton_norm_rotation,
 )
 
-WAYS = (triton_norm.statistics_first, triton_norm.rows_first, triton_norm.one_kernel)
+WAYS = (triton_norm.statistics_first, triton_norm.rows_first, triton_norm_rotation.one_kernel)
 
 
 def make_sketch(kind, features, hashes, c, block_k, dtype):
@@ -53,7 +54,7 @@ def test_norm_sketch(rows, features, c, hashes, block_k, dtype, kind):
     residual, weight, bias = (
         randn(*shape, dtype=dtype) for shape in ((rows, features), (features,), (features,))
     )
-    ways = WAYS if triton_norm._suits_one_kernel(x, code, reduced) else WAYS[:2]
+    ways = WAYS if triton_norm_rotation.suits(x, code, reduced) else WAYS[:2]
     for rms, full in ((False, True), (True, False)):
         r, w, b = (residual, weight, bias) if full else (None, None, None)
         s = x if r is None else x + r
@@ -105,10 +106,9 @@ def test_norm_sketch_of_any_shape(rows, features, c, hashes, block_k, learned):
     x = randn(rows, features, dtype=torch.float16)
     # a row of one feature is its own mean: nothing is left but the rounding of 0
     expected = norm_reference(x, None, None, 0.1, False)
-    for way in WAYS:
-        if way is not triton_norm.one_kernel or triton_norm._suits_one_kernel(x, code, reduced):
-            out = way(x, None, None, None, code, reduced, 0.1, False, False)[0]
-            assert_close(out, sketch_reference(expected, code, reduced), factor=3)
+    for way in WAYS if triton_norm_rotation.suits(x, code, reduced) else WAYS[:2]:
+        out = way(x, None, None, None, code, reduced, 0.1, False, False)[0]
+        assert_close(out, sketch_reference(expected, code, reduced), factor=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
