@@ -169,6 +169,11 @@ _register_device("CUDA", quantized_cuda)
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, sketch, z, scale, bias, _ = inputs
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        raise RuntimeError(
+            "ss1::linear_quantized: a quantised z and its scale are frozen and have no gradient; "
+            "train the layer before it is quantised, or its bias and other layers only"
+        )
     ctx.save_for_backward(x, sketch, z, scale)
     ctx.has_bias = bias is not None
 

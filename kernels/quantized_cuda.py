@@ -40,9 +40,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+def has_dtype(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether layers with z of ``dtype`` run on ``device``; float8 needs sm_89 where it is CUDA."""
+    return dtype != torch.float8_e4m3fn or _capability(device) >= (8, 9)
+
+
 def _check_float8(dtype: torch.dtype, device: torch.device) -> None:
-    capability = _capability(device)
-    if dtype == torch.float8_e4m3fn and capability < (8, 9):
+    if not has_dtype(dtype, device):
+        capability = _capability(device)
         raise RuntimeError(
             f"ss1: float8 needs compute capability 8.9 or later, {device} has "
             f"{capability[0]}.{capability[1]}; use int8"

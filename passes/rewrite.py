@@ -1,6 +1,7 @@
 """Rewrite linear layers to the SS1 operator.
 
     F.linear(x, W, b)            ->  ss1::linear(x, sketch, z, b)
+                                     or ss1::linear_quantized(x, sketch, z, scale, b, dynamic)
     bmm(x, W)                    ->  ss1::batched_linear(x, sketch, z)
     grouped_mm(x, W, offsets)    ->  ss1::grouped_linear(x, sketch, z, offsets)
 
@@ -29,11 +30,15 @@ class WeightSource:
         sketch: int32 ``[J, G, c]``.
         z: ``[N, K_c]``, or ``[E, N, K_c]`` of a matrix per group.
         bias: the corrected bias ``[N]``, or ``None`` to keep the node's own bias operand.
+        scale: float32 ``[N, groups]`` of a quantised z, else ``None``.
+        dynamic: whether activations are quantised with it.
     """
 
     sketch: Tensor
     z: Tensor
     bias: Tensor | None
+    scale: Tensor | None = None
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ def rewrite_sites(
         sketch = graph_input("ss1_sketch", source.sketch)
         z = graph_input(f"{stem}_z", source.z)
         bias = None if source.bias is None else graph_input(f"{stem}_bias", source.bias)
-        replaced[site.node] = _replace(graph, site, sketch, z, bias, replaced)
+        scale = None if source.scale is None else graph_input(f"{stem}_scale", source.scale)
+        quantized = None if scale is None else (scale, source.dynamic)
+        replaced[site.node] = _replace(graph, site, sketch, z, bias, quantized, replaced)
         rewrites.append(Rewrite(site, sketch, z, bias, replaced[site.node]))
     for site in sources:
         bias_path = site.bias.path if site.bias else ()
@@ -93,9 +100,13 @@ def _replace(
     sketch: fx.Node,
     z: fx.Node,
     new_bias: fx.Node | None,
+    quantized: tuple[fx.Node, bool] | None,
     replaced: dict[fx.Node, fx.Node],
 ) -> fx.Node:
-    """Replace one site; ``replaced`` maps the sites before it, whose outputs it may read."""
+    """Replace one site; ``replaced`` maps the sites before it, whose outputs it may read.
+
+    ``quantized`` holds the scale of a quantised z and whether activations are quantised too.
+    """
     node, operands = site.node, site.operands
 
     def call(target: torch._ops.OpOverload, *arguments: fx.Node | int | None) -> fx.Node:
@@ -122,6 +133,10 @@ def _replace(
             out = call(torch.ops.ss1.grouped_linear.default, x, sketch, z, offsets)
         elif operands.per_group:
             out = call(torch.ops.ss1.batched_linear.default, x, sketch, z)
+        elif quantized is not None:
+            scale, dynamic = quantized
+            target = torch.ops.ss1.linear_quantized.default
+            out = call(target, x, sketch, z, scale, bias, dynamic)
         else:
             out = call(torch.ops.ss1.linear.default, x, sketch, z, bias)
         if operands.x_is_right:

@@ -36,6 +36,7 @@ from ss1_compile.passes import (
     rewrite_sites,
 )
 from ss1_compile.projection import Projection
+from ss1_compile.quantized_projection import QuantizedProjection
 from ss1_compile.report import Report
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,8 @@ class _Compilation:
             report = self.decisions.report
             did.update(projected=len(report.compressed), left=len(report.left))
         self.trace.write("report.txt", str(report))
-        ops = (torch.ops.ss1.linear, torch.ops.ss1.linear.default)
+        op, quantized = torch.ops.ss1.linear, torch.ops.ss1.linear_quantized
+        ops = (op, op.default, quantized, quantized.default)
         already = [n for n in self.gm.graph.nodes if n.target in ops]
         if self.options.report is not None:
             for row in report:
@@ -251,6 +253,7 @@ class _Compilation:
                 weight=(lambda w: weight(w).mT) if transposed else weight,
                 bias=site.bias.function() if site.bias else None,
                 key=(site.weight.key, transposed, site.bias.key if site.bias else None),
+                quantization=self.config.quantization_for(name),
             ),
             weight=self.index[site.weight.root],
             bias=self.index[site.bias.root] if site.bias else None,
@@ -285,7 +288,12 @@ class _Compilation:
                 layout.setdefault(id(projection.bias), (len(slots), "bias"))
             slots.append(slot)
             bias = projection.bias if slot.bias is not None else None
-            sources[site] = WeightSource(sketch, projection.z, bias)
+            quantized: dict[str, Any] = {}
+            if isinstance(projection, QuantizedProjection):
+                layout.setdefault(id(projection.scale), (len(slots) - 1, "scale"))
+                dynamic = projection.quantization.dynamic
+                quantized = {"scale": projection.scale, "dynamic": dynamic}
+            sources[site] = WeightSource(sketch, projection.z, bias, **quantized)
         new_inputs: list[tuple[Any, tuple[int, str]]] = []
         last = self.placeholders[-1]
 

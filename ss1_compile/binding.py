@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ss1_compile.experts import project_experts
+from ss1_compile.config import LayerQuantization
 from ss1_compile.learned import Structure
 from ss1_compile.projection import Projection
+from ss1_compile.quantized_projection import project_layer
 from ss1_compile.statistics import statistics_of
 
 _spec_ids = itertools.count()
@@ -40,6 +41,7 @@ class Recipe:
         weight: maps the graph's input to ``W [N, K]``.
         bias: likewise for the bias ``[N]``, or ``None``.
         key: identifies ``weight`` and ``bias`` across graphs.
+        quantization: of z, or ``None``.
     """
 
     name: str
@@ -49,11 +51,13 @@ class Recipe:
     weight: Callable[[Tensor], Tensor]
     bias: Callable[[Tensor], Tensor] | None
     key: tuple[Any, ...]
+    quantization: LayerQuantization | None = None
 
     @property
     def spec(self) -> int:
         """A small integer that equal recipes share: the look-up hashes no structure."""
-        key = (self.structure, self.method, self.damping, self.bias is not None, self.key)
+        options = (self.method, self.damping, self.quantization)
+        key = (self.structure, options, self.bias is not None, self.key)
         return _specs.setdefault(key, next(_spec_ids))
 
 
@@ -116,7 +120,7 @@ def _project(
 ) -> Projection:
     statistics = statistics_of(weight)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        projection = project_experts(
+        projection = project_layer(
             recipe.weight(weight.detach()),
             recipe.structure,
             recipe.bias(bias.detach()) if recipe.bias and bias is not None else None,
@@ -124,6 +128,7 @@ def _project(
             method=recipe.method,
             damping=recipe.damping,
             name=recipe.name,
+            quantization=recipe.quantization,
         )
     stamp = _stamp(weight, lambda _: _bound.pop(key, None))
     _bound[key] = _Bound(stamp, None if bias is None else _stamp(bias), statistics, projection)
@@ -158,8 +163,8 @@ def bound_call(
         compiled: takes the kept arguments, then the tensors of ``layout``.
         kept: indices of the original arguments that are still needed, in order.
         slots: the bound weights.
-        layout: for every new argument ``(slot index, "z", "bias" or "sketch")``, or
-            ``(index, "constant")``.
+        layout: for every new argument ``(slot index, part)``, the part being ``"z"``, ``"scale"``,
+            ``"bias"`` or ``"sketch"``, or ``(index, "constant")``.
         constants: tensors that never change (rotation sketches).
     """
     specs = [(slot.recipe, slot.recipe.spec, slot.weight, slot.bias) for slot in slots]

@@ -31,7 +31,7 @@ from ss1_compile.modules import SS1Linear
 TENSORS_FILE = "model.safetensors"
 CONFIG_FILE = "ss1_config.json"
 FORMAT = "ss1-compile"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 ALIASES_KEY = "ss1_aliases"
 
 _DTYPES = {
@@ -41,6 +41,12 @@ _DTYPES = {
 _SIZES = {
     "rotation": ("in_features", "out_features", "reduction", "block_k", "num_hashes"),
     "learned": ("in_features", "out_features", "group_size", "rank", "num_hashes"),
+}
+_QUANTIZATION_KEYS = ("quantization", "quantization_groups")
+_QUANTIZED = {
+    "int8_weight_only": torch.int8,
+    "int8_dynamic": torch.int8,
+    "fp8_dynamic": torch.float8_e4m3fn,
 }
 _MAX_JSON_BYTES = 1 << 26  # the sizes of some 300 000 layers
 
@@ -58,8 +64,8 @@ class SavedLayer:
         in_features: K.
         out_features: N.
         num_hashes: J.
-        dtype: of z, the bias and learned blocks: ``"float64"``, ``"float32"``, ``"float16"`` or
-            ``"bfloat16"``.
+        dtype: of z unless it is quantised, the bias and learned blocks: ``"float64"``,
+            ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         bias: whether the layer has a bias.
         kind: of its sketch.
         reduction: c.
@@ -67,6 +73,10 @@ class SavedLayer:
         group_size: gsize.
         rank: r.
         experts: E, or ``None`` (and left out of the file) for a layer with one matrix.
+        quantization: how z is quantised, as in :class:`ss1_compile.SS1Config`; z is then int8 or
+            float8_e4m3fn, and the layer has a float32 tensor ``scale [N, quantization_groups]``.
+            ``None`` (and left out of the file) for a floating z.
+        quantization_groups: scales per row of a quantised z, else ``None`` (and left out).
     """
 
     in_features: int
@@ -80,6 +90,8 @@ class SavedLayer:
     group_size: int | None = None
     rank: int | None = None
     experts: int | None = None
+    quantization: str | None = None
+    quantization_groups: int | None = None
 
     @property
     def features_per_group(self) -> int:
@@ -99,8 +111,20 @@ class SavedLayer:
         return matrix if self.experts is None else (self.experts, *matrix)
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch dtype called ``dtype``."""
+        return _DTYPES[self.dtype]
+
+    @property
+    def z_dtype(self) -> torch.dtype:
+        """Of z."""
+        return self.torch_dtype if self.quantization is None else _QUANTIZED[self.quantization]
+
+    @property
     def format_version(self) -> int:
         """The first version of the format that has such layers, for the sake of earlier readers."""
+        if self.quantization is not None:
+            return 4
         if self.experts is not None:
             return 3
         return 1 if self.kind == "rotation" else 2
@@ -113,20 +137,24 @@ class SavedLayer:
             StructureError: its sketch is broken.
         """
         structure = module.structure
+        scale = module.scale if isinstance(module, SS1Linear) else None
         values = {name: getattr(structure, name) for name in _SIZES[structure.kind]}
         return cls(
             **values,
             kind=structure.kind,
-            dtype=dtype_name(module.z.dtype),
+            dtype=dtype_name(module.dtype if isinstance(module, SS1Linear) else module.z.dtype),
             bias=module.bias is not None,
             experts=module.z.shape[0] if isinstance(module, SS1ExpertLinear) else None,
+            quantization=module.quantization if isinstance(module, SS1Linear) else None,
+            quantization_groups=scale.shape[1] if scale is not None else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """As ``ss1_config.json`` has it."""
         values = {name: getattr(self, name) for name in (*_SIZES[self.kind], "dtype", "bias")}
-        if self.experts is not None:
-            values["experts"] = self.experts
+        for name in ("experts", *_QUANTIZATION_KEYS):
+            if getattr(self, name) is not None:
+                values[name] = getattr(self, name)
         return values if self.kind == "rotation" else {"kind": self.kind, **values}
 
 
@@ -226,7 +254,15 @@ def _parse_layer(path: Path, name: str, values: Any) -> SavedLayer:
     _require(known, path, f"{where}: kind must be one of {list(_SIZES)}, got {show(kind)}")
     own = {"kind"} if kind == "learned" or "kind" in values else set()
     sizes = (*_SIZES[kind], "experts") if "experts" in values else _SIZES[kind]
+    if any(key in values for key in _QUANTIZATION_KEYS):
+        sizes, own = (*sizes, "quantization_groups"), {*own, "quantization"}
+        _require("experts" not in values, path, f"{where}: experts are never quantised")
     _require_keys(path, where, values, {*sizes, "dtype", "bias"} | own)
+    if "quantization" in own:
+        method = values["quantization"]
+        known = isinstance(method, str) and method in _QUANTIZED
+        known_ones = f"{where}: quantization must be one of {list(_QUANTIZED)}"
+        _require(known, path, f"{known_ones}, got {show(method)}")
     for key in sizes:
         _require_int(path, f"{where}: {key}", values[key])
         _require(values[key] < 2**63, path, f"{where}: {key} is {show(values[key])}")
@@ -235,7 +271,16 @@ def _parse_layer(path: Path, name: str, values: Any) -> SavedLayer:
     _require(known, path, f"{where}: dtype must be one of {list(_DTYPES)}, got {show(dtype)}")
     _require(isinstance(bias, bool), path, f"{where}: bias must be a boolean, got {show(bias)}")
     _require(not (bias and "experts" in values), path, f"{where}: experts have no bias")
-    return SavedLayer(**values)
+    layer = SavedLayer(**values)
+    groups = layer.quantization_groups
+    if groups is not None:
+        reduced = layer.z_shape[-1]
+        fits = reduced % groups == 0 and (groups == 1 or layer.quantization == "int8_weight_only")
+        problem = f"{where}: quantization_groups = {groups} does not fit {layer.quantization}"
+        _require(fits, path, f"{problem} with K_c = {reduced}")
+        problem = f"{where}: a quantised layer computes in float32 or less, not {dtype}"
+        _require(dtype != "float64", path, problem)
+    return layer
 
 
 def read_tensors(path: Path, sha256: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -274,11 +319,13 @@ def check_layer(
     z: Tensor | None,
     bias: Tensor | None,
     sketch: Tensor | None,
+    scale: Tensor | None = None,
 ) -> Structure:
     """The structure of a layer whose tensors agree with its sizes.
 
     Raises:
-        CheckpointError: they do not, or z or the bias is not finite; ``source`` is named.
+        CheckpointError: they do not, z or the bias is not finite, or a scale is not positive and
+            finite; ``source`` is named.
     """
     where = f"{source}: layer {name!r}"
     if z is None or sketch is None:
@@ -295,22 +342,35 @@ def check_layer(
         stated, found = getattr(layer, part), getattr(structure, part)
         if stated != found:
             raise CheckpointError(f"{where}: {part} is {stated} but the sketch has {found}")
-    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "z": (z, layer.z_shape),
-        "bias": (bias, (layer.out_features,)),
+    dtype = _DTYPES.get(layer.dtype)
+    z_dtype = dtype if layer.quantization is None else layer.z_dtype
+    wanted: dict[str, tuple[Tensor | None, torch.dtype | None, tuple[int, ...]]] = {
+        "z": (z, z_dtype, layer.z_shape),
+        "bias": (bias, dtype, (layer.out_features,)),
     }
     if isinstance(structure, LearnedStructure):
-        wanted["sketch"] = (sketch, structure.sketch_shape)
-    for part, (tensor, shape) in wanted.items():
+        wanted["sketch"] = (sketch, dtype, structure.sketch_shape)
+    if (scale is not None) != (layer.quantization is not None):
+        raise CheckpointError(f"{where}: scale is {'missing' if scale is None else 'unexpected'}")
+    if layer.quantization_groups is not None:
+        wanted["scale"] = (scale, torch.float32, (layer.out_features, layer.quantization_groups))
+    for part, (tensor, expected, shape) in wanted.items():
         if tensor is None:
             continue
-        if tensor.dtype != _DTYPES.get(layer.dtype) or tuple(tensor.shape) != shape:
+        if tensor.dtype != expected or tuple(tensor.shape) != shape:
+            stated = layer.dtype if expected is None else dtype_name(expected)
             raise CheckpointError(
-                f"{where}: {part} must be {layer.dtype} {list(shape)}, "
-                f"got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+                f"{where}: {part} must be {stated} {list(shape)}, "
+                f"got {dtype_name(tensor.dtype)} {list(tensor.shape)}"
             )
-        if not bool(tensor.isfinite().all()):
+        whole = tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor
+        if not bool(whole.isfinite().all()):
             raise CheckpointError(f"{where}: {part} has values that are not finite")
+        if tensor.dtype == torch.int8 and bool((tensor == -128).any()):
+            # kernels count on it: exact sums, and -q being an int8 too
+            raise CheckpointError(f"{where}: {part} has values outside -127 … 127")
+    if scale is not None and not bool((scale > 0).all()):
+        raise CheckpointError(f"{where}: scale has values that are not positive")
     return structure
 
 

@@ -15,9 +15,16 @@ from torch.nn.utils import parametrize
 from ss1_compile.bare_parameters import bare_parameters
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError, UnhandledLinearError
-from ss1_compile.experts import ExpertLinear, SS1ExpertLinear, project_experts
+from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
 from ss1_compile.learned import Structure
 from ss1_compile.modules import SS1Linear, put_layer
+from ss1_compile.quantized_projection import (
+    check_quantizable,
+    layer_of,
+    missing_statistics,
+    project_layer,
+    report_of,
+)
 from ss1_compile.report import LayerReport, Report, tensor_bytes
 from ss1_compile.stand_ins import stand_ins
 from ss1_compile.statistics import Statistics, calibrate, execution_groups, rebind, statistics_of
@@ -250,6 +257,12 @@ def _check(
                 f"{layer.name} is on the meta device and has no values to project; load the dense "
                 f"weights first, or load a compressed checkpoint with ss1_compile.load"
             )
+        quantization = config.quantization_for(layer.name)
+        if quantization is not None and layer.structure is not None:
+            check_quantizable(_matrices(layer), layer.structure, quantization, layer.name)
+            missing = calibration is None and statistics_of(layer.weight) is None
+            if quantization.rounding == "calibrated" and missing:
+                raise CalibrationError(missing_statistics(layer.name))
     if sequential and (calibration is None or isinstance(calibration, Statistics)):
         raise CalibrationError(
             "sequential=True runs the model on the calibration batches layer by layer; pass them"
@@ -278,10 +291,11 @@ def _project(layer: _Layer, config: SS1Config) -> None:
         reason = "the calibration data never reached it"
         layer.row, layer.reason = replace(row, reason=reason), reason
         return
-    projection = project_experts(
+    projection = project_layer(
         _matrices(layer).detach(),
         layer.structure,
         None if layer.bias is None else layer.bias.detach(),
+        quantization=config.quantization_for(layer.name),
         statistics=statistics,
         method=config.projection,
         damping=config.damping,
@@ -299,19 +313,26 @@ def _project(layer: _Layer, config: SS1Config) -> None:
         )
         layer.row = replace(row, reason=layer.reason)
         return
-    z = nn.Parameter(projection.z, layer.weight.requires_grad)
+    trained = layer.weight.requires_grad
     bias: nn.Parameter | None = None
     replacement: SS1Linear | SS1ExpertLinear
     sketch = projection.sketch if layer.structure.kind == "learned" else None
     if isinstance(module, ExpertLinear):
+        z = nn.Parameter(projection.z, trained)
         replacement = SS1ExpertLinear(layer.structure, z, sketch)
     else:
         if projection.bias is not None and layer.bias is not None:
             bias = nn.Parameter(projection.bias, layer.bias.requires_grad)
-        replacement = SS1Linear.from_tensors(layer.structure, z, bias, sketch)
+        replacement = layer_of(projection, layer.structure, bias, trained, layer.weight.dtype)
     layer.replacement = replacement.train(module.training)
-    after = tensor_bytes([z, bias, replacement.sketch])
-    layer.row = replace(row, bytes_after=after, reduction=layer.structure.reduction)
+    scale = getattr(replacement, "scale", None)
+    after = tensor_bytes([replacement.z, scale, bias, replacement.sketch])
+    layer.row = replace(
+        row,
+        bytes_after=after,
+        reduction=layer.structure.reduction,
+        **report_of(projection),
+    )
 
 
 def _compress_sequentially(

@@ -10,14 +10,46 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+import torch
+
 from ss1_compile.errors import ConfigError, StructureError
 from ss1_compile.learned import LearnedStructure, Structure
 from ss1_compile.structure import HASH_FAMILIES, HashFamily, SS1Structure
 
 ProjectionMethod = Literal["average", "calibrated", "learned"]
-Quantization = Literal["int8_weight_only", "int8_dynamic"]
+Quantization = Literal["int8_weight_only", "int8_dynamic", "fp8_dynamic"]
+Rounding = Literal["nearest", "calibrated"]
 
 _PROJECTIONS = (None, "average", "calibrated", "learned")
+_QUANTIZATIONS = (None, "int8_weight_only", "int8_dynamic", "fp8_dynamic")
+_ROUNDINGS = ("nearest", "calibrated")
+_PER_LAYER = ("reduction", "quantization", "quantization_group_size", "rounding")
+"""The options that a mapping in ``overrides`` may hold."""
+
+
+@dataclass(frozen=True)
+class LayerQuantization:
+    """How z of one layer is quantised; the attributes are the options of :class:`SS1Config`.
+
+    Attributes:
+        method: ``quantization``, not ``None``.
+        group_size: ``quantization_group_size``.
+        rounding: of z.
+    """
+
+    method: Quantization
+    group_size: int | None = None
+    rounding: Rounding = "nearest"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the quantised z."""
+        return torch.float8_e4m3fn if self.method == "fp8_dynamic" else torch.int8
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether activations are quantised too, per token, to the dtype of z."""
+        return self.method != "int8_weight_only"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +74,19 @@ class SS1Config:
             elsewhere.
         damping: ridge of the calibrated and learned projections, relative to the mean of
             ``diag(H)``.
-        quantization: ``None``. The int8 variants are not part of this version and are refused.
+        quantization: how z is stored: ``None``, in the dtype of the weight; ``"int8_weight_only"``,
+            int8 with float32 scales, activations as they are; ``"int8_dynamic"``, activations int8
+            too, a scale per token, after the sketch; ``"fp8_dynamic"``, both float8 (e4m3). The
+            quantised z is frozen. Experts cannot be quantised.
+        quantization_group_size: neighbouring slots of a row of z that share one scale
+            (``int8_weight_only``); it must divide K_c. ``None`` means the whole row.
+        rounding: of the quantised z: ``"nearest"``; or ``"calibrated"``, which makes the error of
+            the *output* on the calibration inputs small (GPTQ in the sketched space).
         include: fnmatch patterns on qualified module names; a layer must match one.
         exclude: fnmatch patterns; a layer that matches one stays dense.
-        overrides: pattern → reduction c, or ``None`` to keep dense; the first match wins.
+        overrides: pattern → reduction c, or ``None`` to keep dense, or a mapping with any of
+            ``reduction``, ``quantization``, ``quantization_group_size`` and ``rounding``; the first
+            match wins.
         min_features: layers with fewer input or output features stay dense.
         max_error: layers whose relative projection error is above this stay dense.
         warn_error: one warning names the layers whose relative error is above this.
@@ -67,9 +108,11 @@ class SS1Config:
     projection: ProjectionMethod | None = None
     damping: float = 1e-3
     quantization: Quantization | None = None
+    quantization_group_size: int | None = None
+    rounding: Rounding = "nearest"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    overrides: Mapping[str, float | None] = field(default_factory=dict)
+    overrides: Mapping[str, float | Mapping[str, Any] | None] = field(default_factory=dict)
     min_features: int = 32
     max_error: float | None = None
     warn_error: float = 0.5
@@ -85,14 +128,27 @@ class SS1Config:
             object.__setattr__(self, name, listed)
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(f"overrides must map patterns to reductions, got {self.overrides!r}")
-        object.__setattr__(self, "overrides", dict(self.overrides))
+        overrides = {
+            pattern: dict(override) if isinstance(override, Mapping) else override
+            for pattern, override in self.overrides.items()
+        }
+        object.__setattr__(self, "overrides", overrides)
         _require_choice("projection", self.projection, _PROJECTIONS)
         self._check_reduction("reduction", self.reduction)
-        for pattern, reduction in self.overrides.items():
+        self._check_quantization("", vars(self))
+        for pattern, override in self.overrides.items():
             if not isinstance(pattern, str):
                 raise ConfigError(f"overrides must map patterns to reductions, got {pattern!r}")
-            if reduction is not None:
-                self._check_reduction(f"overrides[{pattern!r}]", reduction)
+            if isinstance(override, Mapping):
+                self._check_override(f"overrides[{pattern!r}]", override)
+            elif override is not None:
+                self._check_reduction(f"overrides[{pattern!r}]", override)
+        mappings = [o for o in overrides.values() if isinstance(o, Mapping)]
+        quantized = [self.quantization, *(o.get("quantization") for o in mappings)]
+        if self.rounding != "nearest" and not any(quantized):
+            raise ConfigError(
+                f"rounding={self.rounding!r} is of a quantised z; choose a quantization too"
+            )
         if self.num_hashes is not None:
             _require_int("num_hashes", self.num_hashes, 1)
         if self.block_k is not None:
@@ -116,10 +172,6 @@ class SS1Config:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _require_choice("hash_family", self.hash_family, HASH_FAMILIES)
-        if self.quantization is not None:
-            raise ConfigError(
-                f"quantization={self.quantization!r} is not available in this version; use None"
-            )
         _require_positive("damping", self.damping)
         _require_positive("warn_error", self.warn_error)
         if self.max_error is not None:
@@ -134,6 +186,40 @@ class SS1Config:
         _require_positive(name, value)
         if value < 1:  # type: ignore[operator]
             raise ConfigError(f"{name} must be at least 1, got {value}")
+
+    def _check_override(self, where: str, options: Mapping[str, Any]) -> None:
+        for name in options:
+            if name not in _PER_LAYER:
+                raise ConfigError(
+                    f"{where}: {name!r} cannot differ by layer; {', '.join(_PER_LAYER)} can"
+                )
+        if options.get("reduction") is not None:
+            self._check_reduction(f"{where}['reduction']", options["reduction"])
+        self._check_quantization(f"{where}: ", self._merged(options))
+
+    def _merged(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a layer. A group size is not inherited by a method that has none."""
+        merged = {name: getattr(self, name) for name in _PER_LAYER} | dict(options)
+        if merged["quantization"] != "int8_weight_only" and (
+            "quantization_group_size" not in options
+        ):
+            merged["quantization_group_size"] = None
+        return merged
+
+    @staticmethod
+    def _check_quantization(where: str, options: Mapping[str, Any]) -> None:
+        method, size = options["quantization"], options["quantization_group_size"]
+        _require_choice(f"{where}quantization", method, _QUANTIZATIONS)
+        _require_choice(f"{where}rounding", options["rounding"], _ROUNDINGS)
+        if size is None:
+            return
+        _require_int(f"{where}quantization_group_size", size, 1)
+        if method != "int8_weight_only":
+            raise ConfigError(
+                f"{where}quantization_group_size = {size} is for "
+                f"quantization='int8_weight_only', not {method!r}: with activations quantised per "
+                f"token a row of z has one scale"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SS1Config:
@@ -160,10 +246,11 @@ class SS1Config:
             if fnmatch.fnmatchcase(name, pattern):
                 return f"excluded by {pattern!r}"
         reduction: float | None = self.reduction
-        for pattern, override in self.overrides.items():
-            if fnmatch.fnmatchcase(name, pattern):
-                reduction = override
-                break
+        pattern, override = self._override(name)
+        if pattern is not None:
+            reduction = override
+            if isinstance(override, Mapping):
+                reduction = override.get("reduction", self.reduction)
         if reduction is None:
             return f"kept dense by overrides[{pattern!r}]"
         if min(in_features, out_features) < self.min_features:
@@ -171,6 +258,23 @@ class SS1Config:
         if reduction > in_features:
             return f"reduction {reduction} exceeds in_features {in_features}"
         return reduction
+
+    def _override(self, name: str) -> tuple[str | None, Any]:
+        """The first pattern of ``overrides`` that matches ``name``, and what it maps to."""
+        for pattern, override in self.overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return pattern, override
+        return None, None
+
+    def quantization_for(self, name: str) -> LayerQuantization | None:
+        """How the layer called ``name`` is quantised, ``None`` if it is not."""
+        _, override = self._override(name)
+        options = self._merged(override if isinstance(override, Mapping) else {})
+        if options["quantization"] is None:
+            return None
+        return LayerQuantization(
+            options["quantization"], options["quantization_group_size"], options["rounding"]
+        )
 
     def structure_for(self, name: str, in_features: int, out_features: int) -> Structure | str:
         """The structure of the layer called ``name``, or the reason why it stays dense."""

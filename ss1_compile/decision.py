@@ -22,6 +22,7 @@ from ss1_compile.learned import Structure
 from ss1_compile.passes import Site, Skipped
 from ss1_compile.passes.frozen import example
 from ss1_compile.projection import Projection
+from ss1_compile.quantized_projection import QuantizedProjection, report_of
 from ss1_compile.report import LayerReport, Report, tensor_bytes
 
 
@@ -98,7 +99,8 @@ class Decisions:
         before = after = tensor_bytes([weight, bias])
         choice: Choice | None = None
         if projection is not None and structure is not None:
-            after = tensor_bytes([projection.z, bias, projection.sketch])
+            scale = projection.scale if isinstance(projection, QuantizedProjection) else None
+            after = tensor_bytes([projection.z, scale, bias, projection.sketch])
             choice = _expected(entry, structure, projection)
         shape: tuple[int, int] | None = None
         if isinstance(entry, Site):
@@ -116,6 +118,7 @@ class Decisions:
                 error=projection.error if projection else None,
                 error_of=projection.error_of if projection else None,
                 projection=projection.method if projection else None,
+                **(report_of(projection) if projection and structure else {}),
                 reason=reason,
                 lowering=choice.lowering if choice else None,
                 speedup=choice.speedup if choice else None,
@@ -143,6 +146,8 @@ def _expected(entry: Site | Skipped, structure: Structure, projection: Projectio
     """What a GPU will run for the site; symbolic sizes count as in the example inputs."""
     x = _value(entry.operands.x) if isinstance(entry, Site) else None
     if x is None or not projection.z.is_cuda or projection.z.dim() != 2:
+        return None
+    if isinstance(projection, QuantizedProjection):  # the table is of floating z
         return None
     sizes = [size if isinstance(size, int) else size.node.hint for size in x.shape]
     if None in sizes:

@@ -22,7 +22,6 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from ss1_compile.config import SS1Config
 from ss1_compile.decision import Decisions
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError
-from ss1_compile.experts import project_experts
 from ss1_compile.learned import Structure
 from ss1_compile.nested import nested_linears
 from ss1_compile.passes import (
@@ -35,6 +34,7 @@ from ss1_compile.passes import (
     rewrite_sites,
 )
 from ss1_compile.projection import Projection
+from ss1_compile.quantized_projection import QuantizedProjection, project_layer
 from ss1_compile.report import Report
 from ss1_compile.statistics import InputStatistics, Statistics, statistics_of
 
@@ -59,7 +59,7 @@ def compress_exported(
     is ``layer``, the new program holds ``layer.z`` in place of ``layer.weight`` (a parameter if the
     weight was one, else a buffer), ``layer.bias`` with new values if statistics correct it, and a
     buffer ``layer.sketch``, which layers of equal structure share. A learned sketch is one layer's
-    own, and of the kind of z.
+    own, and of the kind of z. A quantised z is a buffer, and so is its ``layer.scale``.
 
     ``ep`` is left unchanged. The new program shares with it the tensors that stay as they are.
 
@@ -216,7 +216,7 @@ class _Rewriting:
         bias = site.bias.function()(self._tensor(site.bias.root, name)) if site.bias else None
         dense = site.weight.function()(weight.detach())
         with torch.autocast(dense.device.type, enabled=False):
-            projection = project_experts(
+            projection = project_layer(
                 dense.mT if site.operands.weight_is_kn else dense,
                 structure,
                 bias,
@@ -224,6 +224,7 @@ class _Rewriting:
                 method=self.config.projection,
                 damping=self.config.damping,
                 name=name,
+                quantization=self.config.quantization_for(name),
             )
         if statistics is None:  # the bias stays as it is
             projection = dataclasses.replace(projection, bias=None)
@@ -341,6 +342,7 @@ class _NewInputs:
         self.fake_mode = torch._guards.detect_fake_mode(fakes)
         self.pending: dict[int, tuple[InputKind, str, fx.Node]] = {}  # by id of the tensor
         self.z: dict[Any, Tensor] = {}
+        self.scales: dict[Any, Tensor] = {}
         self.sketches: dict[Any, Tensor] = {}
 
     def source(
@@ -358,8 +360,14 @@ class _NewInputs:
         # A bias centres the statistics; otherwise z is the same for all layers of one weight.
         centred = projection.error_of == "output" and site.bias is not None
         key = (root, site.weight.key, site.operands.weight_is_kn, structure, centred)
+        quantized = projection if isinstance(projection, QuantizedProjection) else None
         if key not in self.z:
-            self.z[key] = self._add(projection.z, kind, f"{stem}z", root)
+            z_kind = kind if quantized is None else InputKind.BUFFER  # frozen
+            self.z[key] = self._add(projection.z, z_kind, f"{stem}z", root)
+            if quantized is not None:
+                self.scales[key] = self._add(
+                    quantized.scale, InputKind.BUFFER, f"{stem}scale", root
+                )
         sketch, sketch_kind = projection.sketch, InputKind.BUFFER
         sketch_key: Any
         if structure.kind == "learned":  # fitted together with z
@@ -378,7 +386,10 @@ class _NewInputs:
                 value = _like(projection.bias, self.rewriting.old_tensor(bias_root))
                 for alias in self.rewriting.own_names(bias_root):
                     self.tensors[alias] = value
-        return WeightSource(self.sketches[sketch_key], self.z[key], bias)
+        dynamic = quantized is not None and quantized.quantization.dynamic
+        return WeightSource(
+            self.sketches[sketch_key], self.z[key], bias, self.scales.get(key), dynamic
+        )
 
     def _add(self, value: Tensor, kind: InputKind, name: str, root: fx.Node) -> Tensor:
         kind = InputKind.PARAMETER if kind is InputKind.PARAMETER else InputKind.BUFFER

@@ -38,6 +38,10 @@ class LayerReport:
         error_of: what the error is relative to: ``"output"`` with input statistics, else
             ``"weight"``.
         projection: the method that made z.
+        quantization: how z is quantised, as in :class:`ss1_compile.SS1Config`, or ``None``.
+        bits: of a value of z; ``None`` if left dense. ``bytes_after`` counts the scales too.
+        quantization_error: relative error that quantising z adds, of the output or the weight as
+            ``error_of`` says, relative to the SS1 layer before; quantised activations come on top.
         reason: why the layer was left dense; ``None`` if it was compressed.
         lowering: the kernels that will run it on its GPU at the compiled number of rows; ``None``
             on the CPU, and where the rows are not known.
@@ -57,6 +61,9 @@ class LayerReport:
     error: float | None = None
     error_of: Literal["output", "weight"] | None = None
     projection: str | None = None
+    quantization: str | None = None
+    bits: int | None = None
+    quantization_error: float | None = None
     reason: str | None = None
     lowering: str | None = None
     speedup: float | None = None
@@ -180,8 +187,12 @@ class Report:
             size = f"{layer.bytes_before / 1024:.0f}"
             if layer.compressed:
                 size += f" → {layer.bytes_after / 1024:.0f}"
-            error = "" if layer.error is None else f"{layer.error:.3f} ({layer.error_of})"
+            added = layer.quantization_error
+            error = "" if layer.error is None else f"{layer.error:.3f}"
+            error += "" if added is None else f" + {added:.3f}"
+            error += f" ({layer.error_of})" if error else ""
             note = layer.reason or ("exact" if layer.exact else layer.projection or "")
+            note += f", {layer.quantization}" if layer.quantization and layer.compressed else ""
             if layer.speedup is not None:
                 note += f", {layer.lowering} {layer.speedup:.1f}×"
                 note += " (slower than dense here)" if layer.speedup < 1 else ""

@@ -78,7 +78,9 @@ def save(model: nn.Module, directory: str | Path, *, config: SS1Config | None = 
                 layers[name] = SavedLayer.of(module)
             except StructureError as error:
                 raise CheckpointError(f"the model: layer {name!r}: sketch: {error}") from error
-            check_layer("the model", name, layers[name], module.z, module.bias, module.sketch)
+            scale = module.scale if isinstance(module, SS1Linear) else None
+            parts = (module.z, module.bias, module.sketch, scale)
+            check_layer("the model", name, layers[name], *parts)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".ss1-save-", dir=directory) as folder:
@@ -211,7 +213,7 @@ def load(
                     f"architecture that was saved"
                 )
             _check_fits(name, layer, old)
-            keys = [f"{name}.{part}" if name else part for part in ("z", "bias", "sketch")]
+            keys = [f"{name}.{part}" if name else part for part in ("z", "bias", "sketch", "scale")]
             parts = [tensors.get(aliases.get(key, key)) for key in keys]
             structure = check_layer(str(path), name, layer, *parts)
             if id(old) not in replaced:
@@ -230,7 +232,19 @@ def load(
 def _skeleton(structure: Structure, layer: SavedLayer) -> SS1Linear | SS1ExpertLinear:
     """A layer of the saved sizes on ``meta``."""
     if layer.experts is None:
-        return SS1Linear(structure, layer.bias, device="meta")
+        linear = SS1Linear(structure, layer.bias, device="meta", dtype=layer.torch_dtype)
+        if layer.quantization_groups is None:
+            return linear
+        scales = (layer.out_features, layer.quantization_groups)
+        return SS1Linear.from_tensors(
+            structure,
+            torch.empty(layer.z_shape, device="meta", dtype=layer.z_dtype),
+            linear.bias,
+            linear.sketch if layer.kind == "learned" else None,
+            scale=torch.empty(scales, device="meta"),
+            dynamic=layer.quantization != "int8_weight_only",
+            dtype=layer.torch_dtype,
+        )
     z = nn.Parameter(torch.empty(layer.z_shape, device="meta"))
     blocks = None
     if isinstance(structure, LearnedStructure):

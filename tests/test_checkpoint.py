@@ -93,7 +93,7 @@ TAMPERED: dict[str, tuple[Callable[[Files], Any], str]] = {
     "format": (top("format", "gguf"), r"ss1_config.json: format must be .* got 'gguf'"),
     "format type": (top("format", ["ss1-compile"]), "format must be"),
     "no format": (lambda f: f.document.pop("format"), "format must be .* got None"),
-    "newer": (top("format_version", 4), "format_version 4 is newer.*upgrade"),
+    "newer": (top("format_version", 5), "format_version 5 is newer.*upgrade"),
     "much newer": (top("format_version", 10**400), "is newer.*upgrade"),
     "version 0": (top("format_version", 0), "format_version must be .* got 0"),
     "version text": (top("format_version", "1"), "format_version must be .* got '1'"),
