@@ -122,13 +122,20 @@ class BackendOptions:
                 raise ConfigError("tensorrt settings need inner_backend='torch_tensorrt'")
             if own.get("fuse") and for_tensorrt:
                 raise ConfigError("fuse=True does not work with TensorRT, which fuses itself")
+        config = SS1Config.from_dict(options)
+        dynamic = config.quantizations - {"int8_weight_only"}
+        if dynamic and own.get("inner_backend") in ("torch_tensorrt", "tensorrt"):
+            raise ConfigError(
+                f"quantization={min(dynamic)!r} does not work with TensorRT, which cannot quantise "
+                f"activations per token; use 'int8_weight_only'"
+            )
         inductor = dict(own.pop("inductor", None) or {})
         if mode not in (None, "default"):
             try:
                 inductor = {**torch._inductor.list_mode_options(mode), **inductor}
             except RuntimeError as error:
                 raise ConfigError(f"mode={mode!r}: {error}") from error
-        return cls(SS1Config.from_dict(options), inductor=inductor or None, **own)
+        return cls(config, inductor=inductor or None, **own)
 
 
 def ss1(

@@ -143,9 +143,7 @@ class SS1Config:
                 self._check_override(f"overrides[{pattern!r}]", override)
             elif override is not None:
                 self._check_reduction(f"overrides[{pattern!r}]", override)
-        mappings = [o for o in overrides.values() if isinstance(o, Mapping)]
-        quantized = [self.quantization, *(o.get("quantization") for o in mappings)]
-        if self.rounding != "nearest" and not any(quantized):
+        if self.rounding != "nearest" and not self.quantizations:
             raise ConfigError(
                 f"rounding={self.rounding!r} is of a quantised z; choose a quantization too"
             )
@@ -265,6 +263,13 @@ class SS1Config:
             if fnmatch.fnmatchcase(name, pattern):
                 return pattern, override
         return None, None
+
+    @property
+    def quantizations(self) -> frozenset[str]:
+        """Every ``quantization`` that some layer may get; empty if none is quantised."""
+        mappings = (o for o in self.overrides.values() if isinstance(o, Mapping))
+        methods = {self.quantization, *(o.get("quantization") for o in mappings)}
+        return frozenset(str(method) for method in methods if method is not None)
 
     def quantization_for(self, name: str) -> LayerQuantization | None:
         """How the layer called ``name`` is quantised, ``None`` if it is not."""
