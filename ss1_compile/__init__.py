@@ -3,6 +3,7 @@
 * :func:`compress` swaps linear layers for SS1 layers and frees the dense weights;
 * ``torch.compile(model, backend="ss1")`` rewrites the captured graph and leaves the model alone;
 * :func:`compile` does both; :func:`calibrate` collects the input statistics that either uses;
+* :func:`plan` chooses the reduction of every layer for a budget or a quality;
 * :func:`compare` shows, layer by layer, where the accuracy went;
 * :func:`save` and :func:`load` keep a compressed model in safetensors and JSON;
 * :func:`export_onnx` writes an ONNX file and checks it (:mod:`ss1_compile.onnx`).
@@ -32,6 +33,8 @@ from ss1_compile.errors import (
 from ss1_compile.export import compress_exported
 from ss1_compile.learned import LearnedStructure
 from ss1_compile.modules import SS1Linear
+from ss1_compile.planner import plan
+from ss1_compile.plans import Plan
 from ss1_compile.projection import Projection, project
 from ss1_compile.report import LayerReport, Report
 from ss1_compile.serialization import load, save
@@ -56,6 +59,7 @@ __all__ = [
     "LayerReport",
     "LearnedStructure",
     "NothingToCompressError",
+    "Plan",
     "Projection",
     "ProjectionError",
     "Report",
@@ -74,6 +78,7 @@ __all__ = [
     "compress",
     "compress_exported",
     "load",
+    "plan",
     "project",
     "save",
 ]

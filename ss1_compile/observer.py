@@ -202,25 +202,24 @@ class Quietly:
             module.training = training
 
 
-def run_batch(model: nn.Module, batch: Any, forward: Forward | None) -> None:
-    """Call the model as :func:`ss1_compile.statistics.calibrate` says.
+def run_batch(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
+    """Call the model as :func:`ss1_compile.statistics.calibrate` says; its result.
 
     Raises:
         CalibrationError: a batch of an unknown kind.
     """
     if forward is not None:
-        forward(model, batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    elif isinstance(batch, Tensor):
-        model(batch)
-    else:
-        raise CalibrationError(
-            f"a batch is a {type(batch).__name__}, not a mapping, tuple, list or tensor; "
-            f"pass forward=lambda model, batch: ..."
-        )
+        return forward(model, batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise CalibrationError(
+        f"a batch is a {type(batch).__name__}, not a mapping, tuple, list or tensor; "
+        f"pass forward=lambda model, batch: ..."
+    )
 
 
 def attention_mask(batch: Any) -> Tensor | None:
