@@ -12,7 +12,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Recipe:
     name: str
     structure: Structure
     method: Any
-    damping: float
+    damping: float | Literal["auto"]
     weight: Callable[[Tensor], Tensor]
     bias: Callable[[Tensor], Tensor] | None
     key: tuple[Any, ...]

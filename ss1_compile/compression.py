@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
 from ss1_compile.bare_parameters import bare_parameters
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError, UnhandledLinearError
 from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
+from ss1_compile.input_statistics import InputStatistics
+from ss1_compile.layers import Layer, find_layers
 from ss1_compile.learned import Structure
-from ss1_compile.modules import SS1Linear, put_layer
+from ss1_compile.modules import SS1Linear
 from ss1_compile.quantized_projection import (
     check_quantizable,
     layer_of,
@@ -25,39 +25,10 @@ from ss1_compile.quantized_projection import (
     project_layer,
     report_of,
 )
-from ss1_compile.report import LayerReport, Report, tensor_bytes
+from ss1_compile.report import Report, tensor_bytes
+from ss1_compile.sequential import SequentialCalibration, swap
 from ss1_compile.stand_ins import stand_ins
-from ss1_compile.statistics import Statistics, calibrate, execution_groups, rebind, statistics_of
-
-
-@dataclass
-class _Layer:
-    """One linear module, perhaps registered under several names, and what becomes of it."""
-
-    module: nn.Module
-    names: list[str]
-    structure: Structure | None = None
-    reason: str | None = None
-    by_choice: bool = False
-    """Whether the configuration asked for it to stay dense."""
-    row: LayerReport | None = None
-    replacement: SS1Linear | SS1ExpertLinear | None = field(default=None, repr=False)
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return cast(nn.Parameter, self.module.weight)
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        return cast("nn.Parameter | None", self.module.bias)
-
-    @property
-    def weight_name(self) -> str:
-        return f"{self.name}.weight"
+from ss1_compile.statistics import Statistics, calibrate, statistics_of
 
 
 def compress(
@@ -85,8 +56,11 @@ def compress(
             Statistics already bound to the weights are used without it.
         structures: qualified name → structure, for weights that are known to have one (a healed
             model that was materialised, say): these are recovered exactly.
-        sequential: collect the statistics of each layer from the already compressed prefix. Slower
-            (one pass over the data per group of layers that share an input), and more accurate.
+        sequential: collect the statistics of each layer from the already compressed prefix, and
+            fit it towards the outputs of the *dense* model (``config.asymmetry``). More accurate,
+            and slower: every block of a stack is run a few times, dense and compressed, on inputs
+            that are kept in memory; a model without such a stack is run as a whole per group of
+            layers that share an input. ``calibration`` must be batches then.
         dry_run: project and report, but leave the model as it is.
         progress: show progress bars.
         **options: fields of :class:`SS1Config`, in place of ``config``.
@@ -108,7 +82,7 @@ def compress(
     if isinstance(calibration, Statistics):
         calibration.bind(model)
     with stand_ins(model) as inside:
-        layers = _find_layers(model, config, structures or {})
+        layers = find_layers(model, config, structures or {})
         chosen = [layer for layer in layers if layer.structure is not None]
         for layer in layers:
             if config.strict and layer.reason is not None and not layer.by_choice:
@@ -120,136 +94,34 @@ def compress(
                     f"{parameter.row.name}: {parameter.row.reason} (strict=True; exclude it if it "
                     f"is no linear layer's weight)"
                 )
-        _check(chosen, config, calibration, sequential)
+        _check(chosen, config, calibration)
         if sequential:
+            if calibration is None or isinstance(calibration, Statistics):
+                raise CalibrationError(
+                    "sequential=True runs the model on the calibration batches layer by layer; "
+                    "pass them"
+                )
             _compress_sequentially(model, chosen, config, calibration, progress)
         else:
             if calibration is not None and not isinstance(calibration, Statistics) and chosen:
                 names = [layer.weight_name for layer in chosen]
-                calibrate(model, calibration, names=names, progress=progress)
+                held_out = config.damping == "auto"
+                calibrate(model, calibration, names=names, held_out=held_out, progress=progress)
             for layer in track(chosen, "projecting", disable=not progress, transient=True):
-                _project(layer, config)
+                _project(layer, config, statistics_of(layer.weight))
         report = _report(layers)
         report.layers += [parameter.row for parameter in bare]
         report.require_some(config)
         report.warn_if_ruined(config.warn_error)
         if not dry_run:
             for layer in chosen:
-                _swap(model, layer)
+                swap(model, layer)
             inside.keep()
     return report
 
 
-# --- finding ------------------------------------------------------------------------------------
-
-
-def _find_layers(
-    model: nn.Module, config: SS1Config, structures: Mapping[str, Structure]
-) -> list[_Layer]:
-    by_module: dict[int, _Layer] = {}
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for attribute, parameter in module.named_parameters(recurse=False):
-            owner = f"{name}.{attribute}" if name else attribute
-            if owner not in owners.setdefault(id(parameter), []):
-                owners[id(parameter)].append(owner)
-        if _is_linear_like(module):
-            if not name:
-                raise ConfigError(
-                    f"the model is itself a {type(module).__name__}; wrap it in nn.Sequential so "
-                    f"that it can be replaced"
-                )
-            by_module.setdefault(id(module), _Layer(module, [])).names.append(name)
-    unknown = set(structures) - {name for layer in by_module.values() for name in layer.names}
-    if unknown:
-        raise ConfigError(f"structures names no linear layer of the model: {sorted(unknown)}")
-    layers = list(by_module.values())
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for layer in layers:
-        reason = _unhandled(layer, modules)
-        if reason is None:
-            own = {f"{name}.weight" for name in layer.names}
-            tied = [o for o in owners[id(layer.weight)] if o not in own]
-            if tied:
-                reason = f"the weight is tied to {tied[0]}"
-        if reason is not None:
-            layer.reason = reason
-            continue
-        n, k = _shape(layer)
-        structure: Structure | str
-        given = next((structures[name] for name in layer.names if name in structures), None)
-        structure = given or config.structure_for(layer.name, k, n)
-        if isinstance(structure, str):
-            layer.reason, layer.by_choice = structure, True
-        elif (structure.out_features, structure.in_features) != (n, k):
-            raise ConfigError(
-                f"{layer.name}: its structure is for {structure.out_features} × "
-                f"{structure.in_features} and its weight is {n} × {k}"
-            )
-        else:
-            layer.structure = structure
-    return layers
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's ``Conv1D`` (GPT-2): a linear layer whose weight is ``[K, N]``."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def _computes_linear(module: nn.Linear) -> bool:
-    """Whether ``forward`` is that of ``nn.Linear``, or known to compute the same (Falcon's)."""
-    kind = type(module)
-    falcon = (kind.__name__, kind.__module__.rpartition(".")[2]) == (
-        "FalconLinear",
-        "modeling_falcon",
-    )
-    return falcon or kind.forward is nn.Linear.forward
-
-
-def _is_linear_like(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | ExpertLinear) or _is_conv1d(module)
-
-
-def _shape(layer: _Layer) -> tuple[int, int]:
-    """``(N, K)``."""
-    rows, columns = _matrices(layer).shape[-2:]
-    return int(rows), int(columns)
-
-
-def _matrices(layer: _Layer) -> Tensor:
-    """``[N, K]``, or ``[E, N, K]`` of experts."""
-    if isinstance(layer.module, ExpertLinear):
-        return layer.module.matrices
-    return layer.weight.t() if _is_conv1d(layer.module) else layer.weight
-
-
-def _unhandled(layer: _Layer, modules: Mapping[str, nn.Module]) -> str | None:
-    """Why the module cannot be swapped, or ``None`` if it can."""
-    module = layer.module
-    if isinstance(module, nn.Linear) and not _computes_linear(module):
-        return f"{type(module).__name__} overrides forward"
-    if "forward" in vars(module):
-        return "its forward was replaced (by accelerate, say): compress before dispatching"
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
-        return "the weight is parametrised (weight norm, LoRA, ...): merge it first"
-    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
-        return "the module has hooks, which a replacement would lose"
-    dims = 3 if isinstance(module, ExpertLinear) else 2
-    if layer.weight.dim() != dims or not layer.weight.is_floating_point():
-        return f"the weight is {layer.weight.dtype} {list(layer.weight.shape)}"
-    for name in layer.names:
-        parent = modules[name.rpartition(".")[0]]
-        if isinstance(parent, nn.MultiheadAttention):
-            return f"{type(parent).__name__} reads its weight directly in a fused operator"
-    return None
-
-
 def _check(
-    chosen: list[_Layer],
-    config: SS1Config,
-    calibration: Iterable[Any] | Statistics | None,
-    sequential: bool,
+    chosen: list[Layer], config: SS1Config, calibration: Iterable[Any] | Statistics | None
 ) -> None:
     for layer in chosen:
         if layer.weight.is_meta:
@@ -259,20 +131,16 @@ def _check(
             )
         quantization = config.quantization_for(layer.name)
         if quantization is not None and layer.structure is not None:
-            check_quantizable(_matrices(layer), layer.structure, quantization, layer.name)
+            check_quantizable(layer.matrices, layer.structure, quantization, layer.name)
             missing = calibration is None and statistics_of(layer.weight) is None
             if quantization.rounding == "calibrated" and missing:
                 raise CalibrationError(missing_statistics(layer.name))
-    if sequential and (calibration is None or isinstance(calibration, Statistics)):
-        raise CalibrationError(
-            "sequential=True runs the model on the calibration batches layer by layer; pass them"
-        )
     if config.projection == "calibrated" and calibration is None:
-        missing = [x.name for x in chosen if statistics_of(x.weight) is None]
-        if missing:
+        without = [x.name for x in chosen if statistics_of(x.weight) is None]
+        if without:
             raise CalibrationError(
-                f"projection='calibrated' and no input statistics for {missing[0]}"
-                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; pass "
+                f"projection='calibrated' and no input statistics for {without[0]}"
+                f"{f' and {len(without) - 1} more' if len(without) > 1 else ''}; pass "
                 f"calibration=..., or run ss1_compile.calibrate(model, data) first"
             )
 
@@ -280,25 +148,24 @@ def _check(
 # --- projecting ---------------------------------------------------------------------------------
 
 
-def _project(layer: _Layer, config: SS1Config) -> None:
+def _project(layer: Layer, config: SS1Config, statistics: InputStatistics | None) -> None:
     """Make the layer's replacement and its row of the report."""
     assert layer.structure is not None
     module = layer.module
-    statistics = statistics_of(layer.weight)
-    before = tensor_bytes([layer.weight, layer.bias])
-    row = _row(layer, before)
+    row = layer.row_as_it_is()
     if config.projection == "calibrated" and statistics is None:
         reason = "the calibration data never reached it"
         layer.row, layer.reason = replace(row, reason=reason), reason
         return
     projection = project_layer(
-        _matrices(layer).detach(),
+        layer.matrices.detach(),
         layer.structure,
         None if layer.bias is None else layer.bias.detach(),
         quantization=config.quantization_for(layer.name),
         statistics=statistics,
         method=config.projection,
         damping=config.damping,
+        asymmetry=config.asymmetry,
         name=layer.name,
     )
     row = replace(
@@ -336,77 +203,28 @@ def _project(layer: _Layer, config: SS1Config) -> None:
 
 
 def _compress_sequentially(
-    model: nn.Module, chosen: list[_Layer], config: SS1Config, data: Any, progress: bool
+    model: nn.Module, chosen: list[Layer], config: SS1Config, data: Iterable[Any], progress: bool
 ) -> None:
     """Project group by group in order of execution, each on the compressed prefix's inputs."""
-    batches = list(data)
-    if not batches:
-        raise CalibrationError("the calibration data are empty")
-    by_name = {layer.weight_name: layer for layer in chosen}
-    groups: list[list[str]] = []
-    unreached = list(by_name)
-    for batch in batches:  # the first batch reaches everything, but for experts and the like
-        groups += execution_groups(model, batch, unreached) if unreached else []
-        reached = {name for group in groups for name in group}
-        unreached = [name for name in unreached if name not in reached]
-    with _restored(model, chosen):
-        for group in track(groups, "compressing", disable=not progress, transient=True):
-            calibrate(model, batches, names=group, progress=False)
-            for name in group:
-                _project(by_name[name], config)
-            for name in group:
-                _swap(model, by_name[name])
-        for name in unreached:
-            _project(by_name[name], config)
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module, layers: list[_Layer]) -> Iterator[None]:
-    """Put the dense modules back on leaving: nothing is final until everything has succeeded.
-
-    Their earlier statistics come back too: those of a compressed prefix are of no use to a weight
-    that stays dense.
-    """
-    before = [statistics_of(layer.weight) for layer in layers]
-    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    activations = [encoder.activation_relu_or_gelu for encoder in encoders]
-    try:
-        yield
-    finally:
-        for layer, statistics in zip(layers, before, strict=True):
-            rebind(layer.weight, statistics)
-            for name in layer.names:
-                model.set_submodule(name, layer.module)
-        for encoder, activation in zip(encoders, activations, strict=True):
-            encoder.activation_relu_or_gelu = activation
-
-
-def _swap(model: nn.Module, layer: _Layer) -> None:
-    if layer.replacement is not None:
-        for name in layer.names:
-            put_layer(model, name, layer.replacement)
-
-
-# --- reporting ----------------------------------------------------------------------------------
-
-
-def _row(layer: _Layer, size: int) -> LayerReport:
-    return LayerReport(
-        name=layer.name,
-        op=type(layer.module).__name__,
-        shape=_shape(layer) if layer.weight.dim() in (2, 3) else None,
-        bytes_before=size,
-        bytes_after=size,
-        reason=layer.reason,
+    if not chosen:
+        return
+    walk = SequentialCalibration(
+        model,
+        chosen,
+        data,
+        paired=config.asymmetry != 0 and config.projection != "average",
+        held_out=config.asymmetry == "auto" or config.damping == "auto",
     )
+    with walk:
+        for group in walk.groups(progress):
+            for layer, statistics in group:
+                _project(layer, config, statistics)
 
 
-def _report(layers: list[_Layer]) -> Report:
+def _report(layers: list[Layer]) -> Report:
     report = Report()
     for layer in layers:
-        if layer.row is None:
-            layer.row = _row(layer, tensor_bytes([layer.weight, layer.bias]))
-        report.layers.append(layer.row)
+        report.layers.append(layer.row or layer.row_as_it_is())
     return report
 
 

@@ -73,7 +73,10 @@ class SS1Config:
             which loses nothing); ``None`` means calibrated where input statistics exist and average
             elsewhere.
         damping: ridge of the calibrated and learned projections, relative to the mean of
-            ``diag(H)``.
+            ``diag(H)``; ``"auto"`` chooses it per layer by the error on held-out batches.
+        asymmetry: of sequential calibration: 1 fits every layer towards the dense model's outputs,
+            given the inputs that the compressed layers before it leave; 0 towards its own dense
+            outputs on them; ``"auto"`` chooses per layer by the error on held-out batches.
         quantization: how z is stored: ``None``, in the dtype of the weight; ``"int8_weight_only"``,
             int8 with float32 scales, activations as they are; ``"int8_dynamic"``, activations int8
             too, a scale per token, after the sketch; ``"fp8_dynamic"``, both float8 (e4m3). The
@@ -106,7 +109,8 @@ class SS1Config:
     signed: bool = True
     seed: int = 0
     projection: ProjectionMethod | None = None
-    damping: float = 1e-3
+    damping: float | Literal["auto"] = 1e-3
+    asymmetry: float | Literal["auto"] = "auto"
     quantization: Quantization | None = None
     quantization_group_size: int | None = None
     rounding: Rounding = "nearest"
@@ -170,7 +174,13 @@ class SS1Config:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _require_choice("hash_family", self.hash_family, HASH_FAMILIES)
-        _require_positive("damping", self.damping)
+        if self.damping != "auto":
+            _require_positive("damping", self.damping)
+        if self.asymmetry != "auto":
+            if self.asymmetry != 0:
+                _require_positive("asymmetry", self.asymmetry)
+            if isinstance(self.asymmetry, bool) or self.asymmetry > 1:
+                raise ConfigError(f"asymmetry must be 'auto' or in 0 … 1, got {self.asymmetry!r}")
         _require_positive("warn_error", self.warn_error)
         if self.max_error is not None:
             _require_positive("max_error", self.max_error)

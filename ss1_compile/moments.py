@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ss1_compile.errors import CalibrationError
+from ss1_compile.input_statistics import InputStatistics as InputStatistics
 
-_CHUNK_ELEMENTS = 2**24  # float64 copies of at most 128 MiB
+CHUNK_ELEMENTS = 2**24  # float64 copies of at most 128 MiB
 
 # StorageWeakRef compares by the storage's address and keeps that address from being reused
 InputKey = tuple[StorageWeakRef, int, torch.dtype, tuple[int, ...], tuple[int, ...], int]
@@ -30,66 +31,6 @@ def input_key(x: Tensor) -> InputKey | None:
     )  # fmt: skip
 
 
-@dataclass(eq=False)
-class InputStatistics:
-    """First and second moments of the inputs ``x [K]`` of one weight.
-
-    Attributes:
-        count: rows seen, at least 1.
-        mean: ``E[x]``, float64 ``[K]``.
-        second_moment: ``E[x xᵀ]``, float64 ``[K, K]``, on the device where it was collected.
-    """
-
-    count: int
-    mean: Tensor
-    second_moment: Tensor
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        size: int = self.mean.shape[0]
-        return size
-
-    def covariance(self) -> Tensor:
-        """``E[(x - E[x]) (x - E[x])ᵀ]``, float64 ``[K, K]``, a new tensor."""
-        return torch.addr(self.second_moment, self.mean, self.mean, alpha=-1)
-
-    def combine(self, other: InputStatistics) -> InputStatistics:
-        """The statistics of both sets of rows together, on the device of ``self``.
-
-        Raises:
-            CalibrationError: the two differ in K.
-        """
-        if self.in_features != other.in_features:
-            raise CalibrationError(
-                f"cannot combine statistics of {self.in_features} and {other.in_features} features"
-            )
-        count = self.count + other.count
-        weight = other.count / count
-        mean, second = (t.to(self.mean.device) for t in (other.mean, other.second_moment))
-        return InputStatistics(
-            count, self.mean.lerp(mean, weight), self.second_moment.lerp(second, weight)
-        )
-
-    def problem(self) -> str | None:
-        """Why these statistics cannot be used, or ``None``: count, shapes, dtypes, finiteness."""
-        mean, second = self.mean, self.second_moment
-        if not isinstance(self.count, int) or self.count < 1:
-            return f"count is {self.count!r}, not an integer of at least 1"
-        for name, tensor in (("mean", mean), ("second_moment", second)):
-            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float64:
-                return f"{name} must be a float64 tensor, got {getattr(tensor, 'dtype', tensor)}"
-        if mean.dim() != 1 or second.shape != (mean.shape[0], mean.shape[0]):
-            return (
-                f"mean {list(mean.shape)} and second_moment {list(second.shape)} are not "
-                f"[K] and [K, K]"
-            )
-        for name, tensor in (("mean", mean), ("second_moment", second)):
-            if not bool(torch.isfinite(tensor).all()):
-                return f"{name} is not finite"
-        return None
-
-
 class Moments:
     """Row count, ``Σ x [K]`` and ``Σ x xᵀ [K, K]``, float64 on the device of the inputs."""
 
@@ -106,7 +47,7 @@ class Moments:
         Raises:
             CalibrationError: a row is not finite; the message names the weight.
         """
-        for chunk in rows.split(max(1, _CHUNK_ELEMENTS // rows.shape[1])):
+        for chunk in rows.split(max(1, CHUNK_ELEMENTS // rows.shape[1])):
             x = chunk.double()
             total = x.sum(0)
             if not bool(torch.isfinite(total).all()):
@@ -228,11 +169,15 @@ class SharedMoments:
         return alone
 
     def _rows(self, x: Tensor) -> Tensor:
-        """``[M, K]``: the rows of x that the mask keeps."""
-        mask, x = self._mask, x.detach()
-        if mask is not None:
-            if x.dim() > 2 and x.shape[:2] == mask.shape:
-                x = x[mask.to(x.device)]
-            elif x.dim() == 2 and x.shape[0] == mask.numel():
-                x = x[mask.to(x.device).flatten()]
-        return x.reshape(-1, x.shape[-1])
+        return kept_rows(x, self._mask)
+
+
+def kept_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``[M, K]``: the rows of x that the bool ``mask [B, T]`` keeps."""
+    x = x.detach()
+    if mask is not None:
+        if x.dim() > 2 and x.shape[:2] == mask.shape:
+            x = x[mask.to(x.device)]
+        elif x.dim() == 2 and x.shape[0] == mask.numel():
+            x = x[mask.to(x.device).flatten()]
+    return x.reshape(-1, x.shape[-1])

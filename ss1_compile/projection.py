@@ -20,16 +20,21 @@ import torch
 from torch import Tensor
 
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError
+from ss1_compile.input_statistics import InputStatistics
 from ss1_compile.learned import LearnedStructure, Structure
 from ss1_compile.learned_fit import LearnedFit
 from ss1_compile.rotation_fit import RotationFit
-from ss1_compile.statistics import InputStatistics
 from ss1_compile.structure import SS1Structure
+from ss1_compile.target import Target
 
 Method = Literal["average", "calibrated", "learned"]
+_Fit = RotationFit | LearnedFit
 
 _METHODS = ("average", "calibrated", "learned")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DAMPING = 1e-3
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
+"""What ``damping="auto"`` chooses from."""
 _CHUNK_ELEMENTS = 2**25  # rows of W are taken in float64 copies of at most 256 MiB
 
 
@@ -43,10 +48,13 @@ class Projection:
             has none.
         error: relative error, at least 0, measured on this z.
         error_of: ``"output"``: ``sqrt(E‖Δy‖² / E‖y - E[y]‖²)`` over the calibration inputs (not
-            centred without a bias); ``"weight"``: ``‖W - Ŵ‖ / ‖W‖``.
+            centred without a bias), y the dense model's output where the statistics have a drift;
+            ``"weight"``: ``‖W - Ŵ‖ / ‖W‖``.
         method: the method that made z.
         sketch: the operator's sketch operand on z's device: int32 ``[J, G, c]``, or learned blocks
             ``[J, G, gsize, r]`` in z's dtype.
+        damping: what was used; not used by ``"average"``.
+        asymmetry: α, what was used; 0 where the inputs have not drifted.
     """
 
     z: Tensor
@@ -55,6 +63,8 @@ class Projection:
     error_of: Literal["output", "weight"]
     method: Method
     sketch: Tensor
+    damping: float
+    asymmetry: float
 
 
 def project(
@@ -64,7 +74,8 @@ def project(
     *,
     statistics: InputStatistics | None = None,
     method: Method | None = None,
-    damping: float = 1e-3,
+    damping: float | Literal["auto"] = DAMPING,
+    asymmetry: float | Literal["auto"] = "auto",
     name: str = "weight",
 ) -> Projection:
     """Project ``weight`` onto ``structure``.
@@ -72,7 +83,9 @@ def project(
     With statistics, H is ``E[x xᵀ]``, or the covariance of x if there is a bias: the bias then
     absorbs the mean error, ``b + (W - Ŵ) E[x]``, whatever the method. The calibrated solve uses
     ``H + damping · mean(diag H) · I``; the reported error ``sqrt(tr(E H Eᵀ) / tr(W H Wᵀ))``,
-    ``E = W - Ŵ``, the undamped H.
+    ``E = W - Ŵ``, the undamped H. Where the statistics have a drift (a compressed prefix has
+    changed the inputs) the wanted outputs are the dense model's: ``W + α W G H⁻¹`` is projected,
+    see :mod:`ss1_compile.target`.
 
     A weight that has a rotation structure already (always so at c = 1) is recovered exactly,
     whatever H is: the solve is for the correction of the average, and that is zero. One that has
@@ -91,14 +104,19 @@ def project(
         statistics: of the inputs ``[K]`` of this weight.
         method: of a rotation structure; ``None`` and ``"learned"`` mean calibrated with statistics
             and average without. A learned structure is always fitted.
-        damping: ridge relative to the mean of ``diag(H)``, at least 0.
+        damping: ridge relative to the mean of ``diag(H)``, at least 0. ``"auto"`` takes that of
+            ``DAMPINGS`` with the least output error on the held-out rows of the statistics, and
+            1e-3 without any.
+        asymmetry: α in 0 … 1, the part of the drift that is made up for. ``"auto"`` takes that with
+            the least output error on held-out rows, and ½ without any. No matter without drift.
         name: of the layer, for messages.
 
     Raises:
         ProjectionError: an operand has a wrong shape, dtype or device or is not finite, z leaves
             the range of the weight's dtype, or ``S_jᵀ H S_j`` is singular after damping.
         CalibrationError: ``"calibrated"`` without statistics.
-        ConfigError: an unknown method or a negative or infinite damping.
+        ConfigError: an unknown method, a negative or infinite damping, or an asymmetry out of
+            range.
     """
     if method not in (None, *_METHODS):
         raise ConfigError(f"{name}: method must be one of {_METHODS}, got {method!r}")
@@ -106,8 +124,12 @@ def project(
         method = "learned"
     elif method in (None, "learned"):
         method = "average" if statistics is None else "calibrated"
-    if not (isinstance(damping, int | float) and 0 <= damping < math.inf):
-        raise ConfigError(f"{name}: damping must be a finite number of at least 0, got {damping!r}")
+    if damping != "auto" and not (isinstance(damping, int | float) and 0 <= damping < math.inf):
+        raise ConfigError(
+            f"{name}: damping must be 'auto' or a finite number of at least 0, got {damping!r}"
+        )
+    if asymmetry != "auto" and not (isinstance(asymmetry, int | float) and 0 <= asymmetry <= 1):
+        raise ConfigError(f"{name}: asymmetry must be 'auto' or in 0 … 1, got {asymmetry!r}")
     if method == "calibrated" and statistics is None:
         raise CalibrationError(
             f"{name}: the calibrated projection needs input statistics; run "
@@ -116,19 +138,110 @@ def project(
     _check_operands(name, weight, structure, bias, statistics)
 
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        return _project(weight, structure, bias, statistics, method, damping, name)
+        layer = _Weight(weight, structure, bias is not None, method, name)
+        ridge, part = _choose(layer, statistics, damping, asymmetry)
+        return _project(layer, bias, statistics, ridge, part)
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """What stays the same over all fits of one weight."""
+
+    weight: Tensor
+    structure: Structure
+    centred: bool
+    method: Method
+    name: str
+
+    def target(self, statistics: InputStatistics | None) -> Target:
+        return Target.of(statistics, self.centred, self.weight.device)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.weight.index_select(0, index).double()
+
+    def fits(
+        self, target: Target, damping: float, asymmetry: float
+    ) -> Iterator[tuple[int, _Fit, tuple[Tensor, ...], Tensor | None]]:
+        """Per distinct hash: its j, the fit, the rows of W in chunks, and ``α G H⁻¹``."""
+        correction = None
+        if asymmetry > 0:
+            correction = target.correction(damping, self.name)
+            if correction is not None:
+                correction = correction * asymmetry
+        structure = self.structure
+        for j, rows in _blocks_by_hash(structure):
+            chunks = _row_chunks(rows, structure.in_features, self.weight.device)
+            if isinstance(structure, SS1Structure):
+                code = structure.code[j : j + 1].to(self.weight.device)
+                moment = None if self.method == "average" else target.moment
+                yield (
+                    j,
+                    RotationFit(code, structure, moment, damping, self.name),
+                    chunks,
+                    correction,
+                )
+                continue
+            fit = LearnedFit(structure, target.moment, damping, self.name)
+            for index in chunks:
+                fit.add(_corrected(self.rows(index), correction))
+            fit.fit(self.weight.dtype)
+            yield j, fit, chunks, correction
+
+
+def _corrected(w: Tensor, correction: Tensor | None) -> Tensor:
+    return w if correction is None else w + w @ correction
+
+
+def _choose(
+    layer: _Weight,
+    statistics: InputStatistics | None,
+    damping: float | Literal["auto"],
+    asymmetry: float | Literal["auto"],
+) -> tuple[float, float]:
+    """The damping and the asymmetry to use, those that are "auto" by the error on held-out rows.
+
+    What is fitted for α = ½ is linear in α with its sketch held, so that the error is a parabola.
+    """
+    if statistics is None or layer.method == "average" or layer.structure.reduction == 1:
+        return (DAMPING if damping == "auto" else damping), 0.0
+    fixed = (DAMPING if damping == "auto" else damping, 0.5 if asymmetry == "auto" else asymmetry)
+    held_out = statistics.held_out
+    drifted = statistics.drift is not None
+    if held_out is None or not (damping == "auto" or (asymmetry == "auto" and drifted)):
+        return fixed
+    target, unseen = layer.target(statistics.without_held_out()), layer.target(held_out)
+    best: tuple[float, float, float] | None = None
+    for ridge in DAMPINGS if damping == "auto" else (damping,):
+        terms = torch.zeros(3, dtype=torch.float64, device=layer.weight.device)
+        for _, fit, chunks, correction in layer.fits(target, ridge, fixed[1]):
+            for index in chunks:
+                w = layer.rows(index)
+                e = w - fit.materialize(fit.solve(w))
+                terms[0] += unseen.lost(w, e)
+                if correction is not None:
+                    more = fit.materialize(fit.solve(w @ correction))
+                    terms[1:] += torch.stack(unseen.along(w, e, more))
+        constant, slope, curvature = terms.tolist()
+        part, t = fixed[1], 1.0
+        if asymmetry == "auto" and curvature > 0:
+            part = min(1.0, max(0.0, fixed[1] * slope / (2 * curvature)))
+            t = part / fixed[1]
+        error = constant - slope * t + curvature * t * t
+        if best is None or error < best[0]:
+            best = error, ridge, part
+    assert best is not None
+    return best[1:]
 
 
 def _project(
-    weight: Tensor,
-    structure: Structure,
+    layer: _Weight,
     bias: Tensor | None,
     statistics: InputStatistics | None,
-    method: Method,
     damping: float,
-    name: str,
+    asymmetry: float,
 ) -> Projection:
-    moment = None if statistics is None else _second_moment(statistics, bias is not None, weight)
+    weight, structure = layer.weight, layer.structure
+    target = layer.target(statistics)
     z = weight.new_empty(structure.out_features, structure.reduced_features)
     if isinstance(structure, SS1Structure):
         sketch = structure.code.to(weight.device, copy=True)
@@ -137,39 +250,30 @@ def _project(
     lost = torch.zeros((), dtype=torch.float64, device=weight.device)
     whole = torch.zeros_like(lost)
     shift = lost.new_zeros(structure.out_features)
-    mean = None if statistics is None else statistics.mean.to(weight.device)
-
-    for j, rows in _blocks_by_hash(structure):
-        chunks = _row_chunks(rows, structure.in_features, weight.device)
-        fit: RotationFit | LearnedFit
-        if isinstance(structure, SS1Structure):
-            used = None if method == "average" else moment
-            fit = RotationFit(sketch[j : j + 1], structure, used, damping, name)
-        else:
-            fit = LearnedFit(structure, moment, damping, name)
-            for index in chunks:
-                fit.add(weight.index_select(0, index).double())
-            sketch[j] = fit.fit(weight.dtype)
+    for j, fit, chunks, correction in layer.fits(target, damping, asymmetry):
+        if isinstance(fit, LearnedFit):
+            sketch[j] = fit.blocks.to(weight.dtype)
         for index in chunks:
-            w = weight.index_select(0, index).double()
-            stored = fit.solve(w).to(weight.dtype)
+            w = layer.rows(index)
+            stored = fit.solve(_corrected(w, correction)).to(weight.dtype)
             z[index] = stored
             e = w - fit.materialize(stored.double())
-            lost += _energy(e, moment)
-            whole += _energy(w, moment)
-            if mean is not None:
-                shift[index] = e @ mean
-
+            lost += target.lost(w, e)
+            whole += target.whole(w)
+            mean_error = target.shift(w, e)
+            if mean_error is not None:
+                shift[index] = mean_error
     if not bool(torch.isfinite(z).all()):
         raise ProjectionError(
-            f"{name}: z leaves the range of {weight.dtype}; convert the layer to bfloat16 or "
+            f"{layer.name}: z leaves the range of {weight.dtype}; convert the layer to bfloat16 or "
             f"float32, or raise damping"
         )
     if bias is not None:
-        bias = bias.detach().clone() if mean is None else (bias.double() + shift).to(bias.dtype)
+        known = statistics is not None
+        bias = (bias.double() + shift).to(bias.dtype) if known else bias.detach().clone()
     ratio = (lost.clamp(min=0) / whole).item() if whole.item() > 0 else 0.0
-    error_of: Literal["output", "weight"] = "weight" if moment is None else "output"
-    return Projection(z, bias, math.sqrt(ratio), error_of, method, sketch)
+    error_of: Literal["output", "weight"] = "weight" if statistics is None else "output"
+    return Projection(z, bias, math.sqrt(ratio), error_of, layer.method, sketch, damping, asymmetry)
 
 
 def _blocks_by_hash(structure: Structure) -> Iterator[tuple[int, list[range]]]:
@@ -183,17 +287,6 @@ def _blocks_by_hash(structure: Structure) -> Iterator[tuple[int, list[range]]]:
     width, end = structure.block_n, structure.out_features
     for blocks in alike.values():
         yield blocks[0], [range(j * width, min((j + 1) * width, end)) for j in blocks]
-
-
-def _energy(rows: Tensor, moment: Tensor | None) -> Tensor:
-    """``tr(R H Rᵀ)``, or ``‖R‖²`` without H."""
-    return (rows.square() if moment is None else (rows @ moment).mul_(rows)).sum()
-
-
-def _second_moment(statistics: InputStatistics, centred: bool, weight: Tensor) -> Tensor:
-    if not centred:
-        return statistics.second_moment.to(weight.device)
-    return statistics.covariance().to(weight.device)
 
 
 def _row_chunks(rows: list[range], columns: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ss1_compile.errors import CalibrationError
-from ss1_compile.moments import InputKey, InputStatistics, SharedMoments, input_key
+from ss1_compile.input_statistics import InputStatistics
+from ss1_compile.moments import InputKey, SharedMoments, input_key
 from ss1_compile.observer import (
     Forward,
     LinearObserver,
@@ -186,6 +187,7 @@ def calibrate(
     *,
     names: Collection[str] | None = None,
     forward: Forward | None = None,
+    held_out: bool = False,
     progress: bool = True,
 ) -> Statistics:
     """Run ``model`` over ``data`` and collect the input statistics of its linear weights.
@@ -208,6 +210,8 @@ def calibrate(
             ``[B·T, K]`` where it is 0 are left out: padding is not data.
         names: qualified names of the parameters to collect for; ``None`` means all.
         forward: ``forward(model, batch)`` in place of the call described above.
+        held_out: also set the statistics of every fourth batch apart (of the second, if there are
+            fewer than four), for ``damping="auto"``. Takes twice the memory.
         progress: show a progress bar if there are many batches.
 
     Raises:
@@ -219,7 +223,8 @@ def calibrate(
             f"data must be an iterable of batches, got one {type(data).__name__}; wrap it in a list"
         )
     weights, aliases = _select(model, names)
-    moments = SharedMoments()
+    kept, apart = SharedMoments(), SharedMoments()
+    moments = kept
     summed: dict[str, int] = {}
     both_ways: set[str] = set()
 
@@ -240,15 +245,16 @@ def calibrate(
     )
     empty = True
     with Quietly(model):
-        for batch in batches:
+        for index, batch in enumerate(batches):
             empty = False
+            moments = apart if held_out and is_held_out(index, total) else kept
             moments.start(attention_mask(batch))
             with LinearObserver(weights, on_input):
                 run_batch(model, batch, forward)
             moments.finish()
     if empty:
         raise CalibrationError("the calibration data is empty; pass at least one batch")
-    entries = _entries(moments, both_ways, aliases)
+    entries = _together(*(_entries(part, both_ways, aliases) for part in (kept, apart)))
     if not entries and weights:
         raise CalibrationError(
             f"no calibration input reached a linear weight (of {len(weights)} looked for: "
@@ -353,6 +359,29 @@ def _entries(
         for alias in aliases[name]:
             entries[alias] = made[id(found)]
     return entries
+
+
+def _together(
+    kept: Mapping[str, InputStatistics], apart: Mapping[str, InputStatistics]
+) -> dict[str, InputStatistics]:
+    """All rows, with those that were set apart as the held-out ones; shared as both are shared."""
+    made: dict[tuple[int, int], InputStatistics] = {}
+    entries: dict[str, InputStatistics] = {}
+    for name in (*kept, *(name for name in apart if name not in kept)):
+        if name not in apart or name not in kept:
+            entries[name] = kept.get(name) or apart[name]
+            continue
+        key = id(kept[name]), id(apart[name])
+        if key not in made:
+            made[key] = kept[name].combine(apart[name])
+            made[key].held_out = apart[name]
+        entries[name] = made[key]
+    return entries
+
+
+def is_held_out(index: int, total: int | None) -> bool:
+    """Whether a batch is one to choose by: every fourth, or of fewer than four the second."""
+    return index % 4 == 3 if total is None or total >= 4 else index == 1
 
 
 def _may_have(weight: Tensor, in_features: int) -> bool:

@@ -1,0 +1,118 @@
+"""What is known about the inputs of one weight: moments, and what sets them apart from others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ss1_compile.errors import CalibrationError
+
+
+@dataclass(eq=False)
+class Drift:
+    """Moments of ``d = x_dense - x``, by what a compressed prefix changes the inputs x of a weight.
+
+    Attributes:
+        mean: ``E[d]``, float64 ``[K]``.
+        second_moment: ``E[d dᵀ]``, float64 ``[K, K]``.
+        cross_moment: ``E[d xᵀ]``, float64 ``[K, K]``.
+    """
+
+    mean: Tensor
+    second_moment: Tensor
+    cross_moment: Tensor
+
+
+@dataclass(eq=False)
+class InputStatistics:
+    """First and second moments of the inputs ``x [K]`` of one weight.
+
+    Attributes:
+        count: rows seen, at least 1.
+        mean: ``E[x]``, float64 ``[K]``.
+        second_moment: ``E[x xᵀ]``, float64 ``[K, K]``, on the device where it was collected.
+        drift: of inputs in a compressed model, what sets them apart from the dense model's.
+        held_out: the statistics of some of these rows, which are there to choose by: what is fitted
+            to the others can be tried on them (:meth:`without_held_out`).
+    """
+
+    count: int
+    mean: Tensor
+    second_moment: Tensor
+    drift: Drift | None = None
+    held_out: InputStatistics | None = None
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        size: int = self.mean.shape[0]
+        return size
+
+    def covariance(self) -> Tensor:
+        """``E[(x - E[x]) (x - E[x])ᵀ]``, float64 ``[K, K]``, a new tensor."""
+        return torch.addr(self.second_moment, self.mean, self.mean, alpha=-1)
+
+    def combine(self, other: InputStatistics) -> InputStatistics:
+        """The statistics of both sets of rows together, on the device of ``self``.
+
+        Drift is kept if both have it, and so are held-out rows.
+
+        Raises:
+            CalibrationError: the two differ in K.
+        """
+        if self.in_features != other.in_features:
+            raise CalibrationError(
+                f"cannot combine statistics of {self.in_features} and {other.in_features} features"
+            )
+        combined = self._mixed(other, other.count / (self.count + other.count))
+        combined.count = self.count + other.count
+        if self.held_out is not None and other.held_out is not None:
+            combined.held_out = self.held_out.combine(other.held_out)
+        return combined
+
+    def without_held_out(self) -> InputStatistics:
+        """The statistics of the rows that are not held out."""
+        if self.held_out is None:
+            return self
+        count = self.count - self.held_out.count
+        rest = self._mixed(self.held_out, -self.held_out.count / count)
+        rest.count = count
+        return rest
+
+    def _mixed(self, other: InputStatistics, weight: float) -> InputStatistics:
+        """``(1 - weight) · self + weight · other``, with the count of ``self``."""
+
+        def mix(mine: Tensor, its: Tensor) -> Tensor:
+            return mine.lerp(its.to(mine.device), weight)
+
+        drift = None
+        if self.drift is not None and other.drift is not None:
+            drift = Drift(
+                mix(self.drift.mean, other.drift.mean),
+                mix(self.drift.second_moment, other.drift.second_moment),
+                mix(self.drift.cross_moment, other.drift.cross_moment),
+            )
+        mean, second = self.mean, self.second_moment
+        return InputStatistics(
+            self.count, mix(mean, other.mean), mix(second, other.second_moment), drift
+        )
+
+    def problem(self) -> str | None:
+        """Why these statistics cannot be used, or ``None``: count, shapes, dtypes, finiteness."""
+        mean, second = self.mean, self.second_moment
+        if not isinstance(self.count, int) or self.count < 1:
+            return f"count is {self.count!r}, not an integer of at least 1"
+        for name, tensor in (("mean", mean), ("second_moment", second)):
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float64:
+                return f"{name} must be a float64 tensor, got {getattr(tensor, 'dtype', tensor)}"
+        if mean.dim() != 1 or second.shape != (mean.shape[0], mean.shape[0]):
+            return (
+                f"mean {list(mean.shape)} and second_moment {list(second.shape)} are not "
+                f"[K] and [K, K]"
+            )
+        for name, tensor in (("mean", mean), ("second_moment", second)):
+            if not bool(torch.isfinite(tensor).all()):
+                return f"{name} is not finite"
+        return None
