@@ -55,11 +55,20 @@ Kernel = Callable[..., None]
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Compile (or find in the cache) and load the C++ kernels; ``None`` if that cannot be done."""
+    """The C++ kernels of ``csrc/rotation.cpp``; ``None`` if they cannot be compiled."""
+    return load_library("rotation.cpp")
+
+
+def load_library(*names: str) -> ctypes.CDLL | None:
+    """Compile (or find in the cache) and load files of ``csrc``, as one, in this order.
+
+    ``None`` if that cannot be done, or is not wanted.
+    """
     if os.environ.get("SS1_COMPILE_NATIVE", "1") == "0":
         logger.debug("SS1_COMPILE_NATIVE=0: the portable CPU kernels are used")
         return None
-    source = resources.files(__package__).joinpath("csrc/rotation.cpp").read_text("utf-8")
+    folder = resources.files(__package__).joinpath("csrc")
+    source = "\n".join(folder.joinpath(name).read_text("utf-8") for name in names)
     try:
         # Imported here: it takes seconds, and nothing else in this package needs it.
         from torch._inductor.codecache import CppCodeCache
