@@ -78,9 +78,8 @@ def test_dynamic_is_the_exact_product(case, bias):
 def test_weight_only_is_the_layer_with_dequantised_z(case, bias, groups):
     structure, rows = case
     x = torch.randn(rows, structure.in_features)
-    z, scale = quantize_rows(
-        torch.randn(structure.out_features, structure.reduced_features), groups
-    )
+    columns, reduced = structure.out_features, structure.reduced_features
+    z, scale = quantize_rows(torch.randn(columns, reduced), groups)
     b = torch.randn(columns) if bias else None
     y = quantized_native.linear(x, structure.code, padded(z), scale, b, False)
     expected = reference.linear_weight_only(x, structure.code, z, scale, b)
