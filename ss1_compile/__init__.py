@@ -24,6 +24,7 @@ from ss1_compile.errors import (
     ExportError,
     NothingToCompressError,
     ProjectionError,
+    QuantizationError,
     SS1Error,
     SS1Warning,
     StructureError,
@@ -31,6 +32,7 @@ from ss1_compile.errors import (
     UnhandledLinearError,
 )
 from ss1_compile.export import compress_exported
+from ss1_compile.layer_sensitivity import LayerSensitivity, Sensitivity, sensitivity
 from ss1_compile.learned import LearnedStructure
 from ss1_compile.modules import SS1Linear
 from ss1_compile.planner import plan
@@ -57,11 +59,13 @@ __all__ = [
     "InputStatistics",
     "LayerComparison",
     "LayerReport",
+    "LayerSensitivity",
     "LearnedStructure",
     "NothingToCompressError",
     "Plan",
     "Projection",
     "ProjectionError",
+    "QuantizationError",
     "Report",
     "SS1Config",
     "SS1Error",
@@ -69,6 +73,7 @@ __all__ = [
     "SS1Structure",
     "SS1Warning",
     "Statistics",
+    "Sensitivity",
     "StructureError",
     "TrainingError",
     "UnhandledLinearError",
@@ -81,6 +86,7 @@ __all__ = [
     "plan",
     "project",
     "save",
+    "sensitivity",
 ]
 
 _OF_EXTRAS = {  # not in __all__: a star import needs no extra
