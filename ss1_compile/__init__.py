@@ -4,6 +4,7 @@
 * ``torch.compile(model, backend="ss1")`` rewrites the captured graph and leaves the model alone;
 * :func:`compile` does both; :func:`calibrate` collects the input statistics that either uses;
 * :func:`plan` chooses the reduction of every layer for a budget or a quality;
+* :func:`heal` distils the dense model into the compressed one;
 * :func:`compare` shows, layer by layer, where the accuracy went;
 * :func:`save` and :func:`load` keep a compressed model in safetensors and JSON;
 * :func:`export_onnx` writes an ONNX file and checks it (:mod:`ss1_compile.onnx`).
@@ -32,8 +33,11 @@ from ss1_compile.errors import (
     UnhandledLinearError,
 )
 from ss1_compile.export import compress_exported
+from ss1_compile.healing import heal
+from ss1_compile.healing_config import HealConfig, Healing
 from ss1_compile.layer_sensitivity import LayerSensitivity, Sensitivity, sensitivity
 from ss1_compile.learned import LearnedStructure
+from ss1_compile.model_quantization import quantize
 from ss1_compile.modules import SS1Linear
 from ss1_compile.planner import plan
 from ss1_compile.plans import Plan
@@ -56,6 +60,8 @@ __all__ = [
     "Comparison",
     "ConfigError",
     "ExportError",
+    "HealConfig",
+    "Healing",
     "InputStatistics",
     "LayerComparison",
     "LayerReport",
@@ -72,8 +78,8 @@ __all__ = [
     "SS1Linear",
     "SS1Structure",
     "SS1Warning",
-    "Statistics",
     "Sensitivity",
+    "Statistics",
     "StructureError",
     "TrainingError",
     "UnhandledLinearError",
@@ -82,9 +88,11 @@ __all__ = [
     "compile",
     "compress",
     "compress_exported",
+    "heal",
     "load",
     "plan",
     "project",
+    "quantize",
     "save",
     "sensitivity",
 ]

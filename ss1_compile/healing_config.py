@@ -1,0 +1,123 @@
+"""How to heal, and what healing did."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rich.table import Table
+
+from ss1_compile.errors import ConfigError
+from ss1_compile.report import render
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealConfig:
+    """How to heal. Frozen, validated on construction.
+
+    Attributes:
+        steps: end-to-end optimiser steps.
+        block_steps: steps block by block before them; 0 leaves them out.
+        learning_rate: of AdamW, the greatest; it rises over the first 5 % of each phase and falls
+            to a tenth along a cosine.
+        hidden_weight: of the hidden states beside the outputs; 0 leaves them out.
+        clip: greatest norm of the gradient.
+        train: ``"ss1"`` trains SS1 layers, norms and the biases of the other layers; ``"all"``
+            every parameter.
+        precision: of the forward pass; ``None`` means bfloat16 for models of 16 bits and on CUDA
+            devices that support it, float32 elsewhere. What is trained is float32 in any case.
+        gradient_checkpointing: recompute activations, through the model's own switch.
+        seed: of the order of the batches.
+        save_every: steps between states written to the directory.
+        evaluate_every: steps between evaluations; 0 evaluates before and after only.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    steps: int = 400
+    block_steps: int = 0
+    learning_rate: float = 5e-4
+    hidden_weight: float = 1.0
+    clip: float = 1.0
+    train: Literal["ss1", "all"] = "ss1"
+    precision: Precision | None = None
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    save_every: int = 100
+    evaluate_every: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"steps": 0, "block_steps": 0, "seed": 0, "save_every": 1, "evaluate_every": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+                raise ConfigError(
+                    f"{name} must be an integer of at least {smallest}, got {value!r}"
+                )
+        if self.steps + self.block_steps < 1:
+            raise ConfigError("steps and block_steps are both 0: there is nothing to do")
+        for name in ("learning_rate", "clip", "hidden_weight"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < math.inf or (name != "hidden_weight" and value == 0):
+                raise ConfigError(f"{name} must be a positive finite number, got {value!r}")
+        if self.train not in ("ss1", "all"):
+            raise ConfigError(f"train must be 'ss1' or 'all', got {self.train!r}")
+        if self.precision not in (None, "float32", "bfloat16"):
+            raise ConfigError(
+                f"precision must be None, 'float32' or 'bfloat16', got {self.precision!r}"
+            )
+
+
+@dataclass
+class Healing:
+    """What :func:`ss1_compile.heal` did.
+
+    Attributes:
+        curve: a dict per ten steps and per evaluation: ``step``, ``phase`` (``"blocks"`` or
+            ``"model"``), ``loss`` (mean since the last entry; ``None`` where only evaluated),
+            ``seconds`` of training so far, and ``metric`` where one was evaluated.
+        metric: its name, or ``None``.
+        trained: numbers that were trained.
+        steps: optimiser steps done, those of earlier runs included.
+        seconds: of training, those of earlier runs included.
+    """
+
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    metric: str | None = None
+    trained: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """As a JSON document."""
+        return json.dumps(asdict(self), indent=indent)
+
+    @property
+    def figures(self) -> tuple[float, float] | None:
+        """The metric before and after; ``None`` without one."""
+        found = [entry["metric"] for entry in self.curve if entry.get("metric") is not None]
+        return (found[0], found[-1]) if found else None
+
+    def __rich__(self) -> Table:
+        title = f"{self.steps} steps, {self.trained / 1e6:.2f} M numbers, {self.seconds:.0f} s"
+        table = Table(title=title, title_justify="left")
+        for name in ("step", "phase", "loss", self.metric or "metric"):
+            table.add_column(name, justify="left" if name == "phase" else "right")
+        stride = max(1, len(self.curve) // 20)
+        for i, entry in enumerate(self.curve):
+            metric = entry.get("metric")
+            if metric is None and i % stride:
+                continue
+            loss = "" if entry["loss"] is None else f"{entry['loss']:.4g}"
+            cells = (str(entry["step"]), entry["phase"], loss)
+            table.add_row(*cells, "" if metric is None else f"{metric:.4f}")
+        return table
+
+    def __str__(self) -> str:
+        return render(self)
