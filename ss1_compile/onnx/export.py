@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
@@ -22,6 +22,7 @@ from ss1_compile.onnx.files import ExternalData, check_target, publish, save_mod
 from ss1_compile.onnx.layers import FORMS, Form
 from ss1_compile.onnx.operators import register_schemas
 from ss1_compile.onnx.quantization import EIGHT_BITS, SEVEN_BITS, check_quantization, quantize
+from ss1_compile.onnx.surroundings import tune_for_cpu
 from ss1_compile.onnx.translation import onnx_translation_table
 from ss1_compile.onnx.verification import ExportReport, verify_export
 
@@ -41,6 +42,7 @@ def export_onnx(
     tolerance: float | None = None,
     quantization: Quantization | None = None,
     reduce_range: bool = True,
+    tune_for: Literal["cpu"] | None = "cpu",
     config: SS1Config | None = None,
     dense: str | os.PathLike[str] | None = None,
 ) -> ExportReport:
@@ -73,6 +75,9 @@ def export_onnx(
             products in 16 bits, which overflow with ±127 (measured: outputs off by 5 %). Layers
             that are int8 already (``ss1::linear_quantized``) keep their ±127; where they quantise
             activations too, z is multiplied in two parts, which is exact on every CPU.
+        tune_for: ``"cpu"`` spells residuals and masked attention so that ONNX Runtime's CPU kernels
+            run them fastest (see :mod:`ss1_compile.onnx.surroundings`); other providers may then
+            not fuse residuals into their normalisation. ``None`` leaves the graph alone.
         config: what the model was compressed with, to be recorded in the file.
         dense: an ONNX file of the uncompressed model, to compare speed with.
 
@@ -83,6 +88,8 @@ def export_onnx(
     """
     _check(model, form, opset, dynamic_shapes)
     check_quantization(quantization)
+    if tune_for not in (None, "cpu"):
+        raise ConfigError(f"tune_for must be 'cpu' or None, got {tune_for!r}")
     target = check_target(path, external_data)
     program = _program(model, args, dynamic_shapes)
     converted = _convert(program, opset, dynamic_shapes)
@@ -93,6 +100,8 @@ def export_onnx(
         )
     onnx_layers.strip(converted)
     onnx_layers.share_sketches(converted)
+    if tune_for == "cpu":
+        tune_for_cpu(converted)
     levels = SEVEN_BITS if reduce_range else EIGHT_BITS
     if quantization is not None:
         quantize(converted, quantization, levels)

@@ -9,13 +9,18 @@ a 0/±1 matrix on groups of 8 features: for ``X1 [M, G, c·P, 8]``,
     ``X3 [M, G, J·P, 8] = S [G, J·P, c·P] @ X1``,
     ``S[g, (j,u), (l,t)] = s[j,g,l] · [u = (t + h[j,g,l]/8) mod P]``.
 
-That is 1/8 of the work of the matrix on single features, and the fastest of the forms measured:
-gathering and adding took 1.3 … 6 times as long in ONNX Runtime.
+That is 1/8 of the work of the matrix on single features, but in products of 8 columns. Where
+``J·B_K ≤ 64`` the matrix on single features, ``X3 [G, M, J·B_K] = X1 [G, M, c·B_K] @ S'``, is
+faster all the same (ONNX Runtime, 128 tokens, J = 1, B_K = 32: 0.11 against 0.21 ms at K = 384,
+0.36 against 0.77 at 1536). Gathering and adding took 1.3 … 6 times as long as the first.
 
 **Products.** ``Y[:, block j] = X3[:, :, j] @ Z[block j]ᵀ``. If all layers of a model agree on J,
 the J products are written out: ONNX Runtime packs constant matrices ahead, but not a batch of them
 (int8, one row, 4096 → 4096, c = 4: 0.32 against 1.0 ms). Otherwise they are one batched product.
 :mod:`.products` writes them.
+
+**Sharing.** What comes before the products depends on X, the sketch and the attributes alone, so
+runtimes that merge equal nodes (ONNX Runtime does) compute one sketch for q, k and v.
 """
 
 from __future__ import annotations
@@ -27,11 +32,14 @@ import onnx
 from onnx import parser
 
 from ss1_compile.kernels.layout import VECTOR_WIDTH
-from ss1_compile.onnx.operators import DOMAIN, IN_FEATURES, Operator
+from ss1_compile.onnx.operators import BLOCK_K, DOMAIN, IN_FEATURES, Operator
 from ss1_compile.onnx.products import products
 
 MAX_UNROLLED = 16
 """Column blocks up to which the products are written out."""
+
+NARROW = 64
+"""``J·B_K`` up to which the rotation sketch is a matrix on single features."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,16 @@ class Traits:
         cuts: whether some layer's N is not a multiple of J.
         wide: whether some int8 Z exceeds ±63 and its products have to be exact on CPUs that add
             pairs of 8-bit products in 16 bits. Matters where activations are quantised per token.
+        narrow: whether every ``J·B_K`` is at most :data:`NARROW`.
+        biased: whether every B is ``[N]``.
     """
 
     num_hashes: int | None = None
     pads: bool = True
     cuts: bool = True
     wide: bool = True
+    narrow: bool = False
+    biased: bool = False
 
     @property
     def unrolled(self) -> int | None:
@@ -67,28 +79,32 @@ def function_body(
     """
     traits = traits or Traits()
     quantization = operator.quantization
-    lines = [*_SIZES, *(_ROTATION if operator.kind == "rotation" else _LEARNED)]
+    flat = traits.unrolled == 1 and quantization != "int8_per_token"
+    lines = list(_SIZES)
+    if operator.kind == "rotation":
+        lines += [*_ROTATION, *(_SINGLE if traits.narrow else _EIGHTS)]
+    else:
+        lines += _LEARNED
     if traits.pads:
         lines += _PAD
     lines.append(f"x1 = Reshape ({'padded' if traits.pads else 'X'}, grouped)")
-    lines += _APPLY_ROTATION if operator.kind == "rotation" else _APPLY_LEARNED
+    by_features = operator.kind == "learned" or traits.narrow
+    lines += _APPLY_TO_FEATURES if by_features else ["x2 = MatMul (S, x1)"]  # [M, G, J·P, 8]
+    lines += ["x3 = Identity (x2)"] if flat else _BY_HASH
     if quantization == "int8_per_token":
         lines = [*_WIDEN, *(_widened(line) for line in lines)]
     if quantization == "int8_weight_only":
         lines += _DEQUANTIZE
-    lines += products(quantization, traits.unrolled, traits.cuts, traits.wide)
-    rounds = quantization in ("int8_dynamic", "int8_per_token")
-    if rounds:
-        lines.append("typed = CastLike (product, X)")
+    lines += products(quantization, traits.unrolled, traits.cuts, traits.wide, traits.biased)
     lines += [
-        f"biased = Add ({'typed' if rounds else 'product'}, B)",
         "lead = Shape <start = 0, end = -1> (X)",
         "out_shape = Concat <axis = 0> (lead, N)",
         "Y = Reshape (biased, out_shape)",
     ]
     return parser.parse_function(
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"{operator.name} <{IN_FEATURES}> ({', '.join(operator.operands)}) => (Y)\n"
+        f"{operator.name} <{', '.join(operator.attributes)}> "
+        f"({', '.join(operator.operands)}) => (Y)\n"
         "{\n" + "\n".join(lines) + "\n}"
     )
 
@@ -103,10 +119,11 @@ _SIZES = [
     "parts = Shape <start = 2, end = 3> (sketch)",  # c, or gsize
     "N = Shape <start = 0, end = 1> (Z)",
     "Kc = Shape <start = 1, end = 2> (Z)",
-    "width = Div (Kc, G)",  # B_K, or r
 ]
 
 _ROTATION = [
+    f"block_k = Constant <value_int: int = @{BLOCK_K}> ()",
+    "width = Reshape (block_k, one)",
     f"eight = Constant <value_ints = [{VECTOR_WIDTH}]> ()",
     "P = Div (width, eight)",
     "cP = Mul (parts, P)",
@@ -140,12 +157,37 @@ _ROTATION = [
     "sign = CastLike (sign5, X)",
     "signed = Mul (hits, sign)",
     "matrix_shape = Concat <axis = 0> (G, JP, cP)",
-    "S = Reshape (signed, matrix_shape)",
+    "turning = Reshape (signed, matrix_shape)",
+]
+
+_EIGHTS = [
+    "S = Identity (turning)",
     "grouped = Concat <axis = 0> (any, G, cP, eight)",
+]
+
+_SINGLE = [
+    "axes24_ = Constant <value_ints = [2, 4]> ()",
+    "by_part = Transpose <perm = [0, 2, 1]> (turning)",  # [G, c·P, J·P]
+    "by_part5 = Unsqueeze (by_part, axes24_)",
+    "eight0 = Squeeze (eight, axis0)",
+    "lanes = Range (first, eight0, step)",
+    "lane_row = Unsqueeze (lanes, axis0)",
+    "lane_shape = Constant <value_ints = [8, 1]> ()",
+    "lane_column = Reshape (lanes, lane_shape)",
+    "same_lane = Equal (lane_row, lane_column)",
+    "unit_matrix = CastLike (same_lane, X)",
+    "lane_axes = Constant <value_ints = [1, 8, 1, 8]> ()",
+    "unit4 = Reshape (unit_matrix, lane_axes)",
+    "single5 = Mul (by_part5, unit4)",  # [G, c·P, 8, J·P, 8]
+    "Jr = Mul (J, width)",
+    "single_shape = Concat <axis = 0> (G, size, Jr)",
+    "S = Reshape (single5, single_shape)",
+    "grouped = Concat <axis = 0> (any, G, size)",
 ]
 
 _LEARNED = [
     "size = Identity (parts)",
+    "width = Shape <start = 3, end = 4> (sketch)",
     "Jr = Mul (J, width)",
     "blocks = Transpose <perm = [1, 2, 0, 3]> (sketch)",
     "matrix_shape = Concat <axis = 0> (G, parts, Jr)",
@@ -163,18 +205,15 @@ _PAD = [
     "padded = Pad (rows, pads)",
 ]
 
-_APPLY_ROTATION = [
-    "x2 = MatMul (S, x1)",  # [M, G, J·P, 8]
-    "sketched_shape = Concat <axis = 0> (any, G, J, width)",
-    "x3 = Reshape (x2, sketched_shape)",
+_APPLY_TO_FEATURES = [
+    "by_group = Transpose <perm = [1, 0, 2]> (x1)",
+    "sketched = MatMul (by_group, S)",  # [G, M, J·r]
+    "x2 = Transpose <perm = [1, 0, 2]> (sketched)",
 ]
 
-_APPLY_LEARNED = [
-    "by_group = Transpose <perm = [1, 0, 2]> (x1)",
-    "x2 = MatMul (by_group, S)",  # [G, M, J·r]
-    "by_row = Transpose <perm = [1, 0, 2]> (x2)",
+_BY_HASH = [
     "sketched_shape = Concat <axis = 0> (any, G, J, width)",
-    "x3 = Reshape (by_row, sketched_shape)",
+    "x3 = Reshape (x2, sketched_shape)",
 ]
 
 _DEQUANTIZE = [

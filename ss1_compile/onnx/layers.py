@@ -14,14 +14,16 @@ from onnx_ir.passes.common import InlinePass
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CheckpointError
 from ss1_compile.kernels.layout import block_n
-from ss1_compile.onnx.functions import Traits, function_body
+from ss1_compile.onnx.functions import NARROW, Traits, function_body
 from ss1_compile.onnx.operators import (
+    BLOCK_K,
     DOMAIN,
     IN_FEATURES,
     VERSION,
     Operator,
     operator_of,
 )
+from ss1_compile.structure import SS1Structure
 
 SEVEN_BITS, EIGHT_BITS = 63, 127
 """Largest magnitudes of int8 codes."""
@@ -123,10 +125,29 @@ def in_features_of(node: ir.Node) -> int:
     Raises:
         CheckpointError: it is missing or no positive integer.
     """
-    attribute = node.attributes.get(IN_FEATURES)
+    return _positive(node, IN_FEATURES)
+
+
+def attributes_of(structure: SS1Structure) -> list[ir.Attr]:
+    """The attributes of a node with a rotation sketch."""
+    sizes = {IN_FEATURES: structure.in_features, BLOCK_K: structure.block_k}
+    return [ir.AttrInt64(name, value) for name, value in sizes.items()]
+
+
+def _positive(node: ir.Node, name: str) -> int:
+    attribute = node.attributes.get(name)
     if attribute is None or attribute.type != ir.AttributeType.INT or attribute.as_int() < 1:
-        raise CheckpointError(f"{node.op_type} {node.name!r}: {IN_FEATURES} must be an integer ≥ 1")
+        raise CheckpointError(f"{node.op_type} {node.name!r}: {name} must be an integer ≥ 1")
     return attribute.as_int()
+
+
+def check_block_k(node: ir.Node, operator: Operator, groups: int, reduced: int) -> None:
+    """Raise :class:`CheckpointError` unless the attribute B_K is ``K_c / G``, as the body needs."""
+    if operator.kind == "rotation" and _positive(node, BLOCK_K) * groups != reduced:
+        raise CheckpointError(
+            f"{layer_name(node, operator)}: {BLOCK_K} = {_positive(node, BLOCK_K)} with {groups} "
+            f"supergroups does not fit Z with {reduced} columns"
+        )
 
 
 def describe(node: ir.Node, operator: Operator) -> OnnxLayer:
@@ -142,6 +163,7 @@ def describe(node: ir.Node, operator: Operator) -> OnnxLayer:
             )
     num_hashes, groups = dims(sketch)[:2]
     n, reduced = dims(z)
+    check_block_k(node, operator, groups, reduced)
     has_bias = len(bias.shape) == 1
     itemsize = bias.dtype.itemsize
     return OnnxLayer(
@@ -201,6 +223,7 @@ def traits_of(model: ir.Model, operator: Operator) -> Traits:
     """What the layers that use ``operator`` have in common."""
     hashes: set[int] = set()
     pads = cuts = wide = False
+    narrow = biased = True
     for node, of in ss1_nodes(model):
         if of != operator:
             continue
@@ -211,9 +234,11 @@ def traits_of(model: ir.Model, operator: Operator) -> Traits:
         pads |= in_features_of(node) != groups * size
         cuts |= num_hashes * block_n(out_features, num_hashes) != out_features
         hashes.add(num_hashes)
+        narrow &= num_hashes * (reduced // groups) <= NARROW
+        biased &= len(dims(constant(node, of, "B"))) == 1
         if of.quantization == "int8_per_token" and not wide:
             wide = bool((np.abs(z.numpy().astype(np.int16)) > SEVEN_BITS).any())
-    return Traits(hashes.pop() if len(hashes) == 1 else None, pads, cuts, wide)
+    return Traits(hashes.pop() if len(hashes) == 1 else None, pads, cuts, wide, narrow, biased)
 
 
 def attach_functions(model: ir.Model, reduce_range: bool = True) -> None:

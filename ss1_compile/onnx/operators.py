@@ -13,8 +13,9 @@
 Operands: ``X [..., K]``, ``sketch`` (int32 ``[J, G, c]`` or floating ``[J, G, gsize, r]``, see
 :mod:`ss1_compile.kernels.layout`), ``Z [N, K_c]``, for int8 ``scale`` float32 ``[N, groups]``, and
 ``B [N]``. A layer without a bias has the scalar 0 as B: optional inputs break the ONNX parser of
-TensorRT, and runtimes drop the addition of a scalar 0. Every other size can be read off the shapes
-of the operands; the one attribute is ``in_features`` (K).
+TensorRT, and runtimes drop the addition of a scalar 0. The attributes are ``in_features`` (K) and,
+with a rotation sketch, ``block_k`` (B_K); every other size can be read off the shapes. B_K could
+be, too, but only off Z, and then no runtime would see that the sketches of q, k and v are equal.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ breaks readers goes into the operator's name."""
 
 VERSION = 1
 IN_FEATURES = "in_features"
+BLOCK_K = "block_k"
 
 Kind = Literal["rotation", "learned"]
 Arithmetic = Quantization | Literal["int8_per_token"]
@@ -71,6 +73,12 @@ class Operator:
         """Names of the inputs, in order; all are required."""
         scale = () if self.quantization is None else ("scale",)
         return ("X", "sketch", "Z", *scale, "B")
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """What each attribute, a positive integer, says; all are required."""
+        of_kind = {BLOCK_K: "B_K, the chunk length."} if self.kind == "rotation" else {}
+        return {IN_FEATURES: "K, the features of X.", **of_kind}
 
 
 OPERATORS = {
@@ -109,9 +117,8 @@ def _schema(operator: Operator) -> defs.OpSchema:
         outputs=[formal("Y", "T")],
         type_constraints=[("T", _FLOATS, "Floating.")],
         attributes=[
-            defs.OpSchema.Attribute(
-                IN_FEATURES, defs.OpSchema.AttrType.INT, "K, the features of X.", required=True
-            )
+            defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.INT, text, required=True)
+            for name, text in operator.attributes.items()
         ],
     )
     schema.set_type_and_shape_inference_function(_inference(operator))

@@ -1,5 +1,7 @@
 """The matrix products of the operators' bodies: from the sketch ``x3 [M, G, J, B_K]`` to ``Y``.
 
+With the products written out and J = 1, ``x3`` may have any shape of as many values.
+
 Activations are quantised per tensor (``int8_dynamic``, the pattern that ONNX Runtime fuses) or per
 row and column block (``int8_per_token``: ``s_x = max|x| / 127``, the arithmetic of
 :mod:`ss1_compile.kernels.quantize`).
@@ -17,15 +19,20 @@ from ss1_compile.onnx.operators import Arithmetic
 
 
 def products(
-    quantization: Arithmetic | None, unrolled: int | None, cuts: bool, wide: bool
+    quantization: Arithmetic | None,
+    unrolled: int | None,
+    cuts: bool,
+    wide: bool,
+    biased: bool,
 ) -> list[str]:
-    """The lines that compute ``product [M, N]`` from ``x3`` and Z.
+    """The lines that compute ``biased [M, N]`` from ``x3``, Z and B.
 
     Args:
         quantization: of the operator.
         unrolled: J if a product per column block is to be written out.
         cuts: whether N may not be a multiple of J.
         wide: whether int8 z may exceed ±63.
+        biased: whether B is ``[N]`` for certain.
     """
     if quantization == "int8_dynamic":
         plan = _Plan("x4", ("Z",), per_tensor=True)
@@ -36,7 +43,10 @@ def products(
     else:
         plan = _Plan("x3", ("z" if quantization else "Z",))
         lines = []
-    return [*lines, *(_batched(plan, cuts) if unrolled is None else _unrolled(plan, unrolled))]
+    return [
+        *lines,
+        *(_batched(plan, cuts) if unrolled is None else _unrolled(plan, unrolled, biased)),
+    ]
 
 
 @dataclass(frozen=True)
@@ -118,8 +128,18 @@ def _product(
     ]
 
 
-def _unrolled(plan: _Plan, num_hashes: int) -> list[str]:
-    """A product per column block. ``Split`` cuts N as ``block_n`` does: the last may be smaller."""
+def _add_bias(plan: _Plan, product: str, bias: str, out: str) -> list[str]:
+    """``out = product + bias`` in the dtype of X, which integer products do not have yet."""
+    if not plan.integer:
+        return [f"{out} = Add ({product}, {bias})"]
+    return [f"{out}_typed = CastLike ({product}, X)", f"{out} = Add ({out}_typed, {bias})"]
+
+
+def _unrolled(plan: _Plan, num_hashes: int, biased: bool) -> list[str]:
+    """A product per column block. ``Split`` cuts N as ``block_n`` does: the last may be smaller.
+
+    B is added block by block where it can be cut, since runtimes fuse it into each product.
+    """
     lines = ["flat = Concat <axis = 0> (any, Kc)"]
 
     def split(source: str, axis: int) -> list[str]:
@@ -135,6 +155,7 @@ def _unrolled(plan: _Plan, num_hashes: int) -> list[str]:
     weights = [split(weight, 0) for weight in plan.weights]
     scales = split("scales", 0) if plan.integer else [""] * num_hashes
     x_scales = split("x_scale", 2) if plan.per_token else [""] * num_hashes
+    biases = split("B", 0) if biased else []
     if plan.per_token:
         lines.append("column = Concat <axis = 0> (any, one)")
     for j in range(num_hashes):
@@ -146,9 +167,14 @@ def _unrolled(plan: _Plan, num_hashes: int) -> list[str]:
             lines.append(f"row_scale_{j} = Reshape ({x_scales[j]}, column)")
         lines += _product(plan, f"rows_{j}", rights, f"row_scale_{j}", scales[j], f"y_{j}")
     if num_hashes == 1:
-        return [*lines, "product = Identity (y_0)"]
-    ys = ", ".join(f"y_{j}" for j in range(num_hashes))
-    return [*lines, f"product = Concat <axis = 1> ({ys})"]
+        return [*lines, *_add_bias(plan, "y_0", "B", "biased")]
+    for j, bias in enumerate(biases):
+        lines += _add_bias(plan, f"y_{j}", bias, f"biased_{j}")
+    parts = ", ".join(f"{'biased' if biased else 'y'}_{j}" for j in range(num_hashes))
+    if biased:
+        return [*lines, f"biased = Concat <axis = 1> ({parts})"]
+    lines.append(f"product = Concat <axis = 1> ({parts})")
+    return [*lines, *_add_bias(plan, "product", "B", "biased")]
 
 
 def _batched(plan: _Plan, cuts: bool) -> list[str]:
@@ -194,4 +220,4 @@ def _batched(plan: _Plan, cuts: bool) -> list[str]:
     ]
     if cuts:
         lines.append("product = Slice (whole_rows, no_rows, N, one)")
-    return lines
+    return [*lines, *_add_bias(plan, "product", "B", "biased")]

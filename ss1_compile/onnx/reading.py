@@ -20,6 +20,7 @@ from ss1_compile.modules import SS1Linear, put_layer
 from ss1_compile.onnx.layers import (
     FORMAT_KEY,
     FORMAT_VERSION,
+    check_block_k,
     constant,
     in_features_of,
     layer_name,
@@ -142,6 +143,8 @@ def _layer(node: ir.Node, operator: Operator, name: str) -> SS1Linear:
         raise CheckpointError(f"{name}: B has shape {list(bias.shape)}, not [{out_features}]")
     try:
         if operator.kind == "rotation":
+            if sketch.dim() == 3:
+                check_block_k(node, operator, sketch.shape[1], z.shape[1])
             return SS1Linear.from_tensors(
                 _rotation(in_features, z, sketch), nn.Parameter(z), parameter
             )

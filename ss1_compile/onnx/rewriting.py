@@ -22,7 +22,7 @@ from ss1_compile.errors import CalibrationError, ConfigError
 from ss1_compile.moments import InputStatistics, Moments
 from ss1_compile.onnx import layers as onnx_layers
 from ss1_compile.onnx.files import ExternalData, check_target, publish, save_model, staging
-from ss1_compile.onnx.operators import DOMAIN, IN_FEATURES, VERSION, Operator
+from ss1_compile.onnx.operators import DOMAIN, VERSION, Operator
 from ss1_compile.onnx.quantization import EIGHT_BITS, SEVEN_BITS, check_quantization, quantize
 from ss1_compile.onnx.reading import read_model
 from ss1_compile.onnx.verification import Runner, to_numpy, to_torch
@@ -365,7 +365,7 @@ def _rewrite(
         DOMAIN,
         Operator("rotation").name,
         [layer.x, *values],
-        [ir.AttrInt64(IN_FEATURES, structure.in_features)],
+        onnx_layers.attributes_of(structure),
         version=VERSION,
         name=layer.name,
     )

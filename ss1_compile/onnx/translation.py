@@ -12,7 +12,15 @@ from onnxscript import opset18
 
 import ss1_compile.kernels  # noqa: F401 - registers torch.ops.ss1
 from ss1_compile.errors import ExportError
-from ss1_compile.onnx.operators import DOMAIN, VERSION, Arithmetic, Operator, register_schemas
+from ss1_compile.onnx.operators import (
+    BLOCK_K,
+    DOMAIN,
+    IN_FEATURES,
+    VERSION,
+    Arithmetic,
+    Operator,
+    register_schemas,
+)
 
 
 def _linear(x: Any, sketch: Any, z: Any, bias: Any = None) -> Any:
@@ -33,13 +41,16 @@ def _linear_quantized(
 
 def _node(arithmetic: Arithmetic | None, x: Any, sketch: Any, *operands: Any) -> Any:
     """The dtype of the sketch tells its kind, as it does in PyTorch."""
-    *others, bias = operands
+    z, *scale, bias = operands
     if bias is None:
         zero: Any = opset18.Constant(value_float=0.0)
         bias = opset18.CastLike(zero, x)
     operator = Operator("learned" if sketch.dtype.is_floating_point() else "rotation", arithmetic)
     ss1 = onnxscript.values.Opset(DOMAIN, VERSION)
-    return getattr(ss1, operator.name)(x, sketch, *others, bias, in_features=int(x.shape[-1]))
+    attributes = {IN_FEATURES: int(x.shape[-1])}
+    if operator.kind == "rotation":
+        attributes[BLOCK_K] = int(z.shape[1]) // int(sketch.shape[1])
+    return getattr(ss1, operator.name)(x, sketch, z, *scale, bias, **attributes)
 
 
 def onnx_translation_table() -> dict[Any, Callable[..., Any]]:

@@ -80,8 +80,11 @@ def layer_model(
     if operator.quantization is not None:
         weights["Z"], weights["scale"] = round_rows(z.numpy(), levels)
     kind = helper.np_dtype_to_tensor_dtype(z.numpy().dtype)
+    attributes = {"in_features": in_features}
+    if operator.kind == "rotation":
+        attributes["block_k"] = z.shape[1] // sketch.shape[1]
     node = helper.make_node(
-        operator.name, list(operator.operands), ["Y"], domain=DOMAIN, in_features=in_features
+        operator.name, list(operator.operands), ["Y"], domain=DOMAIN, **attributes
     )
     dims = ["batch", "rows"]
     graph = helper.make_graph(

@@ -9,7 +9,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_support import layer_model, rotation, run_ort
 
 from ss1_compile.kernels import reference
-from ss1_compile.onnx.functions import MAX_UNROLLED, Traits, function_body
+from ss1_compile.onnx.functions import MAX_UNROLLED, NARROW, Traits, function_body
 from ss1_compile.onnx.operators import DOMAIN, OPERATORS, Operator
 from ss1_compile.onnx.quantization import emulate, round_rows
 from ss1_compile.onnx.verification import relative_error
@@ -35,10 +35,17 @@ def layers(draw):
     return "learned", k, sketch, torch.randn(n, groups * rank, generator=generator), bias
 
 
-def traits_of(k, sketch, z):
+def traits_of(k, sketch, z, bias):
     num_hashes, groups, parts = sketch.shape[:3]
-    size = parts if sketch.is_floating_point() else parts * z.shape[1] // groups
-    return Traits(num_hashes, k != groups * size, z.shape[0] % num_hashes != 0)
+    block_k = z.shape[1] // groups
+    size = parts if sketch.is_floating_point() else parts * block_k
+    return Traits(
+        num_hashes,
+        k != groups * size,
+        z.shape[0] % num_hashes != 0,
+        narrow=num_hashes * block_k <= NARROW,
+        biased=bias is not None,
+    )
 
 
 @settings(deadline=None, max_examples=40)
@@ -46,7 +53,7 @@ def traits_of(k, sketch, z):
 def test_bodies_compute_the_definition(layer, general, rows, opset):
     kind, k, sketch, z, bias = layer
     x = torch.randn(*rows, k)
-    traits = Traits() if general else traits_of(k, sketch, z)
+    traits = Traits() if general else traits_of(k, sketch, z, bias)
     model = layer_model(Operator(kind), sketch, z, bias, k, opset=opset, traits=traits)
     onnx.checker.check_model(model, full_check=True)
     assert relative_error(run_ort(model, x), reference.linear(x, sketch, z, bias)) < 1e-5
@@ -57,7 +64,7 @@ def test_bodies_compute_the_definition(layer, general, rows, opset):
 def test_int8_bodies_compute_the_quantised_arithmetic(layer, general, quantization):
     kind, k, sketch, z, bias = layer
     x = torch.randn(2, 3, k)
-    traits = Traits() if general else traits_of(k, sketch, z)
+    traits = Traits() if general else traits_of(k, sketch, z, bias)
     operator = Operator(kind, quantization)
     model = layer_model(operator, sketch, z, bias, k, traits=traits)
     expected = emulate(x, sketch, z, bias, 63, quantization == "int8_dynamic")
@@ -75,7 +82,7 @@ def test_per_token_bodies_compute_the_quantised_operator(layer, general, levels)
     kind, k, sketch, z, bias = layer
     x = torch.randn(2, 3, k) * 10.0 ** torch.randint(-3, 3, (2, 3, 1))  # a scale per row matters
     x[0, 1] = 0
-    traits = replace(traits_of(k, sketch, z), wide=levels > 63)
+    traits = replace(traits_of(k, sketch, z, bias), wide=levels > 63)
     model = layer_model(
         Operator(kind, "int8_per_token"),
         sketch,
@@ -129,7 +136,11 @@ def test_eight_bit_rows_saturate_and_zero_rows_stay_zero():
 
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
 def test_bodies_call_standard_operators_only(operator):
-    for traits in (Traits(), Traits(1, False, False), Traits(4, True, True, False)):
+    for traits in (
+        Traits(),
+        Traits(1, False, False, narrow=True),
+        Traits(4, True, True, False, biased=True),
+    ):
         body = function_body(operator, 20, traits)
         assert {node.domain for node in body.node} == {""}
         assert (body.domain, body.name) == (DOMAIN, operator.name)

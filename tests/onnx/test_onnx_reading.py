@@ -102,8 +102,20 @@ def negative_shape(proto):
     initializer(proto, "Z").dims[0] = -1
 
 
+def attribute(proto, name):
+    return next(a for a in proto.graph.node[0].attribute if a.name == name)
+
+
 def wrong_features(proto):
-    proto.graph.node[0].attribute[0].i = 7000
+    attribute(proto, "in_features").i = 7000
+
+
+def wrong_block_k(proto):
+    attribute(proto, "block_k").i = 8
+
+
+def huge_block_k(proto):
+    attribute(proto, "block_k").i = 2**62
 
 
 def no_attribute(proto):
@@ -169,6 +181,8 @@ TAMPERED = [
     (lying_shape, "'Z' has .* bytes"),
     (negative_shape, "negative dimension"),
     (wrong_features, "need"),
+    (wrong_block_k, "block_k = 8 with 2 supergroups does not fit Z with 32 columns"),
+    (huge_block_k, "does not fit Z"),
     (no_attribute, "in_features|attribute"),
     (fewer_inputs, "input size 3"),
     (no_layers, "no SS1 layers"),
