@@ -37,6 +37,7 @@ from ss1_compile.healing import heal
 from ss1_compile.healing_config import HealConfig, Healing
 from ss1_compile.layer_sensitivity import LayerSensitivity, Sensitivity, sensitivity
 from ss1_compile.learned import LearnedStructure
+from ss1_compile.model_quantization import quantize
 from ss1_compile.modules import SS1Linear
 from ss1_compile.planner import plan
 from ss1_compile.plans import Plan
@@ -91,6 +92,7 @@ __all__ = [
     "load",
     "plan",
     "project",
+    "quantize",
     "save",
     "sensitivity",
 ]

@@ -68,7 +68,7 @@ def project_layer(
     if quantization.rounding == "calibrated" and statistics is None:
         raise CalibrationError(missing_statistics(name))
     projection = project_experts(weight, structure, bias, **options)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast(weight.device.type, enabled=False):
         return quantize_projection(projection, structure, quantization, statistics, name)
 
 
@@ -165,21 +165,65 @@ def quantize_projection(
     name: str,
 ) -> QuantizedProjection:
     """Quantise the z of a projection; statistics are of the layer's inputs."""
-    z = projection.z
+    z, bias, sketch = projection.z, projection.bias, projection.sketch
+    made = quantize_z(z, bias, sketch, structure, quantization, statistics, name)
+    values = {field.name: getattr(projection, field.name) for field in fields(Projection)}
+    return QuantizedProjection(
+        **values | {"z": made.z, "bias": made.bias},
+        scale=made.scale,
+        quantization=quantization,
+        quantization_error=made.error,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedZ:
+    """What :func:`quantize_z` gives; as the attributes of :class:`QuantizedProjection`.
+
+    Attributes:
+        z: quantised.
+        scale: its scales.
+        bias: corrected for the mean error where statistics exist.
+        error: ``quantization_error``.
+    """
+
+    z: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    error: float
+
+
+@torch.no_grad()
+def quantize_z(
+    z: Tensor,
+    bias: Tensor | None,
+    sketch: Tensor,
+    structure: Structure,
+    quantization: LayerQuantization,
+    statistics: InputStatistics | None,
+    name: str,
+) -> QuantizedZ:
+    """Quantise ``z [N, K_c]`` of a layer; statistics are of its inputs ``[K]``.
+
+    Raises:
+        QuantizationError: z is not finite.
+        CalibrationError: ``rounding="calibrated"`` without statistics.
+    """
+    calibrated = quantization.rounding == "calibrated"
+    if calibrated and statistics is None:
+        raise CalibrationError(missing_statistics(name))
     groups = 1 if quantization.group_size is None else z.shape[1] // quantization.group_size
     q, scale = quantize_rows(z, groups, quantization.dtype, name=name)
     moment: Tensor | None = None
     if statistics is not None:
-        centred = projection.bias is not None
-        moment = statistics.covariance() if centred else statistics.second_moment
+        moment = statistics.second_moment if bias is None else statistics.covariance()
         moment = moment.to(z.device)
     lost = torch.zeros((), dtype=torch.float64, device=z.device)
     whole = torch.zeros_like(lost)
-    bias = projection.bias
     shift = None if bias is None or statistics is None else bias.double()
-    for rows, sketch in _blocks(structure, projection.sketch):
-        gram = _sketched_moment(moment, structure, sketch)
-        if quantization.rounding == "calibrated":
+    for rows, part in _blocks(structure, sketch):
+        gram = _sketched_moment(moment, structure, part)
+        if calibrated:
             q[rows] = gptq_round(z[rows], scale[rows], gram[None], dtype=q.dtype, name=name)
         exact = z[rows].double()
         error = dequantize(q[rows], scale[rows], torch.float64) - exact
@@ -187,17 +231,11 @@ def quantize_projection(
         whole += _energy(exact, gram)
         if shift is not None and statistics is not None:
             mean = statistics.mean.to(z.device, torch.float64)
-            shift[rows] -= error @ _sketch(mean[None], sketch, structure)[0]
-    if bias is not None and shift is not None:
-        bias = shift.to(bias.dtype)
+            shift[rows] -= error @ _sketch(mean[None], part, structure)[0]
+    if bias is not None:
+        bias = bias.clone() if shift is None else shift.to(bias.dtype)
     ratio = (lost.clamp(min=0) / whole).item() if whole.item() > 0 else 0.0
-    values = {field.name: getattr(projection, field.name) for field in fields(Projection)}
-    return QuantizedProjection(
-        **values | {"z": q, "bias": bias},
-        scale=scale,
-        quantization=quantization,
-        quantization_error=math.sqrt(ratio),
-    )
+    return QuantizedZ(q, scale, bias, math.sqrt(ratio))
 
 
 def _blocks(structure: Structure, sketch: Tensor) -> Iterator[tuple[slice, Tensor]]:
