@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ss1_compile import compression, planner_costs
+from ss1_compile import planner_costs
 from ss1_compile.compression import compress
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CalibrationError, ConfigError, NothingToCompressError
 from ss1_compile.evaluation import Evaluation, Output
+from ss1_compile.layers import find_layers
 from ss1_compile.planner_measure import (
     Candidate,
     Measured,
@@ -183,8 +184,7 @@ def _candidates(
 ) -> tuple[list[Candidate], dict[str, str]]:
     left: dict[str, str] = {}
     chosen = []
-    find = getattr(compression, "find_layers", None) or compression._find_layers
-    for layer in find(model, replace(config, reduction=1), {}):
+    for layer in find_layers(model, replace(config, reduction=1), {}):
         if layer.structure is None:
             left[layer.name] = layer.reason or "it is no layer that compress handles"
         elif layer.structure.reduction != 1:
