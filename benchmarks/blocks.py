@@ -18,7 +18,7 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
-from compiled import FUSE_ONLY, KINDS, Case, Variant, measure, run, swap
+from compiled import KINDS, Case, Variant, measure, run, swap
 from models import on_gpu, show
 from torch import Tensor, nn
 
@@ -114,7 +114,7 @@ def unfused(case: Case, label: str, seconds: float) -> list[dict[str, Any]]:
     for kind in KINDS:
         model = case.build()
         swap(model, variant.choose, kind)
-        found = run(case, model, seconds, True, backend="ss1", options={**FUSE_ONLY, "fuse": False})
+        found = run(case, model, seconds, True, backend="ss1", options={"fuse": False})
         head = {"model": case.model, "size": case.size, "variant": label}
         rows.append({**head, "kind": kind, **found})
     return rows

@@ -50,7 +50,7 @@ def measure(variant: str, layers: int, device: str) -> dict[str, Any]:
     options: dict[str, Any] = {"reduction": 2}
     if variant == "compressed":
         ss1_compile.compress(model, ss1_compile.SS1Config(reduction=2, projection="average"))
-        options = {"exclude": ["*"], "allow_empty": True}
+        options = {}
     sketch = ss1_compile.SS1Linear(ss1_compile.SS1Structure.create(256, 256, 2), False)
     sketch.to(device)(torch.zeros(1, 256, device=device))  # builds or loads the operator
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():

@@ -23,9 +23,7 @@ from ss1_compile.modules import put_layer
 DENSE_MODE = "max-autotune-no-cudagraphs"
 DENSE_GRAPHED = {"mode": "max-autotune"}
 KINDS = ("rotation", "learned")
-FUSE_ONLY = {"exclude": ["*"], "allow_empty": True}
-"""Options of the backend that leave the dense layers of a compressed model dense."""
-SS1_GRAPHED = {"backend": "ss1", "options": {**FUSE_ONLY, "mode": "reduce-overhead"}}
+SS1_GRAPHED = {"backend": "ss1", "mode": "reduce-overhead"}
 Choose = Callable[[str], "int | None"]
 """Qualified name of a linear layer → its reduction c, or None to leave it dense."""
 
@@ -230,7 +228,7 @@ def measure(case: Case, seconds: float = 0.5, profiled: Sequence[str] = ()) -> l
             model = case.build()
             swapped = swap(model, variant.choose, kind)
             profile = variant.label in profiled
-            found = run(case, model, seconds, profile, backend="ss1", options=FUSE_ONLY)
+            found = run(case, model, seconds, profile, backend="ss1")
             graphed = replayed_ms(case, model, seconds, found["gpu_ms"], **SS1_GRAPHED)
             found["replayed_ms"] = round(graphed, 4)
             row = {**head, "variant": variant.label, "kind": kind, "layers": swapped, **found}

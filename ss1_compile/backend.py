@@ -38,8 +38,15 @@ from ss1_compile.passes import (
 from ss1_compile.projection import Projection
 from ss1_compile.quantized_projection import QuantizedProjection
 from ss1_compile.report import Report
+from ss1_compile.settled import is_settled
 
 log = logging.getLogger(__name__)
+
+_SS1_LINEARS = tuple(
+    target
+    for packet in (torch.ops.ss1.linear, torch.ops.ss1.linear_quantized)
+    for target in (packet, packet.default)
+)
 
 _OWN_OPTIONS = (
     "debug_dir",
@@ -61,6 +68,8 @@ class BackendOptions:
 
     Attributes:
         config: the compression.
+        chosen: whether any field of the compression was given. If none was, what is dense in a
+            model that is compressed already stays dense.
         debug_dir: a folder to write every graph to, before and after each pass, with a table of
             what the passes did and how long they took (:mod:`ss1_compile.passes.trace`).
         dry_run: project and report, and compile the graph as it was captured.
@@ -78,6 +87,7 @@ class BackendOptions:
     """
 
     config: SS1Config
+    chosen: bool = True
     debug_dir: str | os.PathLike[str] | None = None
     dry_run: bool = False
     fuse: bool | None = None
@@ -135,7 +145,7 @@ class BackendOptions:
                 inductor = {**torch._inductor.list_mode_options(mode), **inductor}
             except RuntimeError as error:
                 raise ConfigError(f"mode={mode!r}: {error}") from error
-        return cls(config, inductor=inductor or None, **own)
+        return cls(config, chosen=bool(options), inductor=inductor or None, **own)
 
 
 def ss1(
@@ -191,10 +201,13 @@ class _Compilation:
         with self.trace("find_sites") as did:
             sites, skipped = find_sites(self.gm.graph, frozen)
             did.update(sites=len(sites), skipped=len(skipped))
+        already = any(node.target in _SS1_LINEARS for node in self.gm.graph.nodes) or any(
+            is_settled(self.inputs[self.index[node]]) for node in frozen
+        )
         with self.trace("project") as did:
             for entry in in_order(self.gm.graph, sites, skipped):
                 if isinstance(entry, Site):
-                    self._consider(entry)
+                    self._consider(entry, already)
                 else:
                     name = frozen[entry.weight.root] if entry.weight else _module_name(entry.node)
                     self.decisions.leave(entry, name, entry.reason)
@@ -204,9 +217,6 @@ class _Compilation:
             report = self.decisions.report
             did.update(projected=len(report.compressed), left=len(report.left))
         self.trace.write("report.txt", str(report))
-        op, quantized = torch.ops.ss1.linear, torch.ops.ss1.linear_quantized
-        ops = (op, op.default, quantized, quantized.default)
-        already = [n for n in self.gm.graph.nodes if n.target in ops]
         if self.options.report is not None:
             for row in report:
                 self.options.report.record(row)
@@ -230,9 +240,18 @@ class _Compilation:
     def _wanted(self, root: fx.Node, n: int, k: int) -> bool:
         return not isinstance(self.config.reduction_for(_layer_name(root), k, n), str)
 
-    def _consider(self, site: Site) -> None:
-        """Project the site's weight, or leave it with a reason."""
+    def _consider(self, site: Site, already: bool) -> None:
+        """Project the site's weight, or leave it with a reason.
+
+        ``already`` says that the model was compressed before.
+        """
         name = _layer_name(site.weight.root)
+        if already and not self.options.chosen:
+            reason = (
+                "dense since the model was compressed; pass options, a reduction say, to change it"
+            )
+            self.decisions.leave(site, name, reason)
+            return
         structure = self.decisions.structure(site, name)
         if structure is None:
             return

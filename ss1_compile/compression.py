@@ -27,6 +27,7 @@ from ss1_compile.quantized_projection import (
 )
 from ss1_compile.report import Report, tensor_bytes
 from ss1_compile.sequential import SequentialCalibration, swap
+from ss1_compile.settled import settle
 from ss1_compile.stand_ins import stand_ins
 from ss1_compile.statistics import Statistics, calibrate, statistics_of
 
@@ -117,6 +118,7 @@ def compress(
             for layer in chosen:
                 swap(model, layer)
             inside.keep()
+            settle(model)
     return report
 
 

@@ -41,6 +41,7 @@ from ss1_compile.errors import CheckpointError, StructureError
 from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
 from ss1_compile.learned import LearnedStructure, Structure
 from ss1_compile.modules import SS1Linear, put_layer
+from ss1_compile.settled import settle
 from ss1_compile.stand_ins import stand_ins
 
 __all__ = ["SavedLayer", "SavedModel", "load", "read_config", "save"]
@@ -226,6 +227,7 @@ def load(
             if name:
                 put_layer(model, name, replaced[id(modules[name])])
         inside.keep()
+        settle(model)
     return replaced.get(id(model), model)
 
 
