@@ -42,8 +42,8 @@ def export_directory(
     """Load a compressed Hugging Face model and export it, with dynamic batch and tokens.
 
     Args:
-        directory: what ``ss1 compress`` wrote: ``ss1_config.json``, the tensors, and the model's own
-            configuration in ``huggingface/``.
+        directory: what ``ss1 compress`` wrote: ``ss1_config.json``, the tensors, and the
+            model's own configuration in ``huggingface/``.
         path: of the ``.onnx`` file.
         tokens: length of the example that the file is checked on; for models of text.
         **options: of :func:`ss1_compile.export_onnx`, but for ``dynamic_shapes``.
