@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ss1_compile.kernels import quantized_cuda, quantized_native
+from ss1_compile.kernels.launch import once_per_form
 from ss1_compile.kernels.layout import block_n, is_rotation
 from ss1_compile.kernels.op import _learned_sketch_grad, check_sketch
 from ss1_compile.kernels.quantize import Q_MAX, dequantize
@@ -134,6 +135,8 @@ def _(x: Tensor, sketch: Tensor, reduced_features: int, fp8: bool = False) -> tu
 
 def _register_device(key: str, kernels: ModuleType) -> None:
     """Register ``kernels.linear`` and ``kernels.sketch`` behind the checks."""
+    check_linear = once_per_form(_check_linear)
+    check_rows = once_per_form(_check_sketch)
 
     def linear_quantized(
         x: Tensor,
@@ -143,14 +146,14 @@ def _register_device(key: str, kernels: ModuleType) -> None:
         bias: Tensor | None = None,
         dynamic: bool = False,
     ) -> Tensor:
-        _check_linear(x, sketch, z, scale, bias, dynamic)
+        check_linear(x, sketch, z, scale, bias, dynamic)
         y: Tensor = kernels.linear(x, sketch, z, scale, bias, dynamic)
         return y
 
     def sketch_quantized(
         x: Tensor, sketch: Tensor, reduced_features: int, fp8: bool = False
     ) -> tuple[Tensor, Tensor]:
-        _check_sketch(x, sketch, reduced_features)
+        check_rows(x, sketch, reduced_features)
         rows: tuple[Tensor, Tensor] = kernels.sketch(
             x, sketch, reduced_features, _quantized_dtype(fp8)
         )

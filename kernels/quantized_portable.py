@@ -28,10 +28,10 @@ def sketch(
     return quantize_activations(portable.sketch(x.float(), wide, reduced_features), dtype)
 
 
-def row_tiles(z: Tensor, hashes: int) -> list[tuple[int, slice]]:
-    """``(j, rows)``: pieces of the column blocks, of at most ``_TILE`` values."""
+def row_tiles(z: Tensor, hashes: int, values: int = _TILE) -> list[tuple[int, slice]]:
+    """``(j, rows)``: pieces of the column blocks, of at most so many ``values`` of z."""
     out_features, reduced = z.shape
-    width, tile = block_n(out_features, hashes), max(1, _TILE // max(1, reduced))
+    width, tile = block_n(out_features, hashes), max(1, values // max(1, reduced))
     return [
         (j, slice(start, min(start + tile, end)))
         for j in range(hashes)

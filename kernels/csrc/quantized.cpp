@@ -2,6 +2,7 @@
 //
 //   quantize      rows of a sketch -> integers of 8 bits and a scale per row, in one pass
 //   product       y[m, n] = s_x[j,m] · s_z[n] · Σ_k q[j,m,k] z[n,k] + b[n], exact in int32
+//   dequantize    z in float, row by row, for the library's matrix product
 //   weight_only   y[m, n] = Σ_g s_z[n,g] · Σ_{k in g} X̃[j,m,k] z[n,k] + b[n], few rows, in float
 //
 // Integers are multiplied as int16 pairs (vpmaddwd), whose sums are exact. vpmaddubsw would do twice
@@ -86,7 +87,18 @@ inline void store(int32_t* p, const Vector& v) { std::memcpy(p, &v, sizeof(v)); 
 #endif
 
 constexpr int kTile = 2 * kLanes;  // columns of a tile
-constexpr int kFewRows = 4;        // from more rows on, widening z into a tile pays
+constexpr int kFewRows = 12;       // from more rows on, widening z into a tile pays
+
+inline int32_t total_of(const Vector& sums) {
+#if defined(__AVX512BW__)
+  return _mm512_reduce_add_epi32(sums);
+#else
+  int32_t lanes[kLanes], total = 0;
+  store(lanes, sums);
+  for (int i = 0; i < kLanes; ++i) total += lanes[i];
+  return total;
+#endif
+}
 
 struct Product {
   const int16_t* q;  // [J, M, K], rows contiguous
@@ -100,9 +112,19 @@ struct Product {
 
   int64_t width() const { return (columns + hashes - 1) / hashes; }
   const int16_t* row(int64_t j, int64_t m) const { return q + (j * rows + m) * reduced; }
-  void put(int64_t j, int64_t m, int64_t n, int32_t sum) const {
-    const float scaled = float(sum) * q_scale[j * rows + m] * scale[n];
-    y[m * columns + n] = bias ? scaled + bias[n] : scaled;
+  // Columns first … of row m from their sums.
+  void put(int64_t j, int64_t m, int64_t first, int64_t count, const int32_t* sums) const {
+    const float row_scale = q_scale[j * rows + m];
+    const float* SS1_RESTRICT s = scale + first;
+    float* SS1_RESTRICT to = y + m * columns + first;
+    if (bias) {
+      const float* SS1_RESTRICT b = bias + first;
+#pragma omp simd
+      for (int64_t n = 0; n < count; ++n) to[n] = float(sums[n]) * row_scale * s[n] + b[n];
+    } else {
+#pragma omp simd
+      for (int64_t n = 0; n < count; ++n) to[n] = float(sums[n]) * row_scale * s[n];
+    }
   }
 };
 
@@ -134,15 +156,28 @@ void parallel(int64_t count, int64_t threads, const F& run) {
 
 // z[first … end) as [pairs][kTile][2], zeros beyond K and N.
 void widen_tile(const Product& p, int64_t first, int64_t end, int16_t* tile, int64_t pairs) {
-  std::memset(tile, 0, size_t(pairs) * kTile * 2 * sizeof(int16_t));
-  for (int64_t n = first; n < end; ++n) {
-    const int8_t* z = p.z + n * p.z_row;
-    int16_t* to = tile + (n - first) * 2;
-    for (int64_t k = 0; k + 1 < p.reduced; k += 2, to += 2 * kTile) {
-      to[0] = z[k];
-      to[1] = z[k + 1];
+  if (end - first < kTile || p.reduced % 2) {
+    std::memset(tile, 0, size_t(pairs) * kTile * 2 * sizeof(int16_t));
+  }
+  // A piece of the tile at a time, which stays in the first-level cache: rows write with a stride.
+  constexpr int64_t kPiece = 128;
+  const int64_t whole = p.reduced / 2;
+  for (int64_t from = 0; from < whole; from += kPiece) {
+    const int64_t to = std::min(from + kPiece, whole);
+    for (int64_t n = first; n < end; ++n) {
+      const int8_t* z = p.z + n * p.z_row;
+      int16_t* at = tile + from * 2 * kTile + (n - first) * 2;
+      for (int64_t i = from; i < to; ++i, at += 2 * kTile) {
+        at[0] = z[2 * i];
+        at[1] = z[2 * i + 1];
+      }
     }
-    if (p.reduced % 2) to[0] = z[p.reduced - 1];
+  }
+  if (p.reduced % 2) {
+    int16_t* at = tile + whole * 2 * kTile;
+    for (int64_t n = first; n < end; ++n) {
+      at[(n - first) * 2] = p.z[n * p.z_row + p.reduced - 1];
+    }
   }
 }
 
@@ -181,7 +216,11 @@ void tile_rows(const Product& p, int64_t j, int64_t m, int64_t first, int64_t en
     int32_t total[kTile];
     store(total, sums[r][0]);
     store(total + kLanes, sums[r][1]);
-    for (int64_t n = first; n < end; ++n) p.put(j, m + r, n, total[n - first]);
+    if (end - first == kTile) {
+      p.put(j, m + r, first, kTile, total);
+    } else {
+      p.put(j, m + r, first, end - first, total);
+    }
   }
 }
 
@@ -222,11 +261,9 @@ void whole_rows(const Product& p, int64_t m, int64_t from, int64_t to) {
       for (int r = 0; r < R; ++r) sums[r] = add_products(sums[r], load(q[r] + k), wide);
     }
     for (int r = 0; r < R; ++r) {
-      int32_t lanes[kLanes], total = 0;
-      store(lanes, sums[r]);
-      for (int i = 0; i < kLanes; ++i) total += lanes[i];
+      int32_t total = total_of(sums[r]);
       for (int64_t k = whole; k < p.reduced; ++k) total += int32_t(q[r][k]) * z[k];
-      p.put(j, m + r, n, total);
+      p.put(j, m + r, n, 1, &total);
     }
   }
 }
@@ -414,6 +451,25 @@ SS1_EXPORT void ss1_weight_only_int8(const float* x, const void* z, int64_t z_ro
     for (; m < rows; ++m) {
       float_rows<1>(x, values, z_row, scale, bias, y, m, hashes, rows, reduced, columns, groups,
                     from, to);
+    }
+  });
+}
+
+// out float [N, K_c] = scale · z, of rows of z.
+SS1_EXPORT void ss1_dequantize_int8(const void* z, int64_t z_row, const float* scale, float* out,
+                                    int64_t rows, int64_t reduced, int64_t groups,
+                                    int64_t threads) {
+  const int8_t* values = static_cast<const int8_t*>(z);
+  const int64_t size = reduced / groups;
+  parallel(rows, threads, [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; ++n) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const int8_t* SS1_RESTRICT part = values + n * z_row + g * size;
+        float* SS1_RESTRICT wide = out + n * reduced + g * size;
+        const float step = scale[n * groups + g];
+#pragma omp simd
+        for (int64_t k = 0; k < size; ++k) wide[k] = step * float(part[k]);
+      }
     }
   });
 }

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ss1_compile.kernels import native, quantized_native, quantized_portable, reference
-from ss1_compile.kernels.quantize import quantize_activations, quantize_rows
+from ss1_compile.kernels.quantize import dequantize, quantize_activations, quantize_rows
 from ss1_compile.structure import SS1Structure
 
 
@@ -69,8 +69,11 @@ def test_dynamic_is_the_exact_product(case, bias):
     b = torch.randn(columns) if bias else None
     y = quantized_native.linear(x, structure.code, padded(z), scale, b, True)
     q, q_scale = quantized_native.sketch(x, structure.code, reduced, torch.int8)
-    expected = reference.quantized_product(q, q_scale, z, scale, b)
-    assert relative(y, expected) < 2e-7
+    expected = reference.quantized_product(q, q_scale, z, scale)
+    # three roundings of the product and one of the sum, which may cancel
+    allowed = 3e-7 * (expected.abs() + (0 if b is None else b.double().abs()))
+    expected = expected if b is None else expected + b.double()
+    assert ((y.double() - expected).abs() <= allowed).all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -83,10 +86,12 @@ def test_weight_only_is_the_layer_with_dequantised_z(case, bias, groups):
     b = torch.randn(columns) if bias else None
     y = quantized_native.linear(x, structure.code, padded(z), scale, b, False)
     expected = reference.linear_weight_only(x, structure.code, z, scale, b)
-    assert relative(y, expected) < 1e-6
+    w = structure.materialize(dequantize(z, scale, torch.float64))
+    allowed = x.double().abs() @ w.abs().t() + (0 if b is None else b.double().abs())
+    assert ((y.double() - expected).abs() <= 2e-6 * allowed).all()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 17])
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 12, 13, 29])
 @pytest.mark.parametrize("reduced", [1, 7, 64, 1033])
 def test_saturated_products_are_exact(rows, reduced):
     """Every pair is ±127 · 127, and odd widths have half a pair."""
