@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,19 +12,15 @@ from torch import nn
 from ss1_compile.bare_parameters import bare_parameters
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError, UnhandledLinearError
-from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
 from ss1_compile.input_statistics import InputStatistics
 from ss1_compile.layers import Layer, find_layers
 from ss1_compile.learned import Structure
-from ss1_compile.modules import SS1Linear
 from ss1_compile.quantized_projection import (
     check_quantizable,
-    layer_of,
     missing_statistics,
-    project_layer,
-    report_of,
 )
-from ss1_compile.report import Report, tensor_bytes
+from ss1_compile.replacing import find_replacements
+from ss1_compile.report import Report
 from ss1_compile.sequential import SequentialCalibration, swap
 from ss1_compile.settled import settle
 from ss1_compile.stand_ins import stand_ins
@@ -43,7 +38,7 @@ def compress(
     progress: bool = True,
     **options: Any,
 ) -> Report:
-    """Replace linear layers by :class:`SS1Linear`, in place, freeing the dense weights.
+    """Replace linear layers by SS1 layers, in place, freeing the dense weights.
 
     Handles ``nn.Linear``, Hugging Face's ``Conv1D`` and ``nn.MultiheadAttention``, which becomes an
     :class:`~ss1_compile.attention.SS1MultiheadAttention` with the layers ``q_proj``, ``k_proj``,
@@ -108,8 +103,12 @@ def compress(
                 names = [layer.weight_name for layer in chosen]
                 held_out = config.damping == "auto"
                 calibrate(model, calibration, names=names, held_out=held_out, progress=progress)
-            for layer in track(chosen, "projecting", disable=not progress, transient=True):
-                _project(layer, config, statistics_of(layer.weight))
+            groups: dict[int, list[Layer]] = {}
+            for layer in chosen:
+                known = statistics_of(layer.weight)
+                groups.setdefault(id(known or layer), []).append(layer)
+            for group in track(groups.values(), "projecting", disable=not progress, transient=True):
+                find_replacements(group, config, statistics_of(group[0].weight))
         report = _report(layers)
         report.layers += [parameter.row for parameter in bare]
         report.require_some(config)
@@ -147,63 +146,6 @@ def _check(
             )
 
 
-# --- projecting ---------------------------------------------------------------------------------
-
-
-def _project(layer: Layer, config: SS1Config, statistics: InputStatistics | None) -> None:
-    """Make the layer's replacement and its row of the report."""
-    assert layer.structure is not None
-    module = layer.module
-    row = layer.row_as_it_is()
-    if config.projection == "calibrated" and statistics is None:
-        reason = "the calibration data never reached it"
-        layer.row, layer.reason = replace(row, reason=reason), reason
-        return
-    projection = project_layer(
-        layer.matrices.detach(),
-        layer.structure,
-        None if layer.bias is None else layer.bias.detach(),
-        quantization=config.quantization_for(layer.name),
-        statistics=statistics,
-        method=config.projection,
-        damping=config.damping,
-        asymmetry=config.asymmetry,
-        name=layer.name,
-    )
-    row = replace(
-        row,
-        error=projection.error,
-        error_of=projection.error_of,
-        projection=projection.method,
-    )
-    if config.max_error is not None and projection.error > config.max_error:
-        layer.reason = (
-            f"relative error {projection.error:.3f} exceeds max_error = {config.max_error}"
-        )
-        layer.row = replace(row, reason=layer.reason)
-        return
-    trained = layer.weight.requires_grad
-    bias: nn.Parameter | None = None
-    replacement: SS1Linear | SS1ExpertLinear
-    sketch = projection.sketch if layer.structure.kind == "learned" else None
-    if isinstance(module, ExpertLinear):
-        z = nn.Parameter(projection.z, trained)
-        replacement = SS1ExpertLinear(layer.structure, z, sketch)
-    else:
-        if projection.bias is not None and layer.bias is not None:
-            bias = nn.Parameter(projection.bias, layer.bias.requires_grad)
-        replacement = layer_of(projection, layer.structure, bias, trained, layer.weight.dtype)
-    layer.replacement = replacement.train(module.training)
-    scale = getattr(replacement, "scale", None)
-    after = tensor_bytes([replacement.z, scale, bias, replacement.sketch])
-    layer.row = replace(
-        row,
-        bytes_after=after,
-        reduction=layer.structure.reduction,
-        **report_of(projection),
-    )
-
-
 def _compress_sequentially(
     model: nn.Module, chosen: list[Layer], config: SS1Config, data: Iterable[Any], progress: bool
 ) -> None:
@@ -219,8 +161,12 @@ def _compress_sequentially(
     )
     with walk:
         for group in walk.groups(progress):
+            together: dict[int, tuple[list[Layer], InputStatistics | None]] = {}
             for layer, statistics in group:
-                _project(layer, config, statistics)
+                alike = together.setdefault(id(statistics or layer), ([], statistics))
+                alike[0].append(layer)
+            for layers, statistics in together.values():
+                find_replacements(layers, config, statistics)
 
 
 def _report(layers: list[Layer]) -> Report:

@@ -66,7 +66,10 @@ class SS1Config:
         hash_family: ``"independent"`` (default) or ``"affine"`` (the authors' public kernel).
         signed: draw random signs (independent family).
         seed: seed of the structures.
-        group_size: input features per block of a learned sketch; ``None`` means about 128.
+        group_size: input features per block of a learned sketch; ``None`` means, where ``compress``
+            has calibration data, the best of a few sizes per layer, and else about 128.
+        share_sketches: layers that read the same input (q, k and v, say) get one learned sketch in
+            common, which is stored and computed once and leaves more of the budget to each.
         projection: how a dense weight becomes z. ``"average"`` is the signed mean of the tied
             weights, ``"calibrated"`` minimises the output error on calibration inputs,
             ``"learned"`` does so over z and the blocks of a learned sketch (c = 1 stays a rotation,
@@ -105,6 +108,7 @@ class SS1Config:
     num_hashes: int | None = None
     block_k: int | None = None
     group_size: int | None = None
+    share_sketches: bool = True
     hash_family: HashFamily = "independent"
     signed: bool = True
     seed: int = 0
@@ -170,7 +174,7 @@ class SS1Config:
         if self.seed.bit_length() > 64:
             raise ConfigError("seed must be an integer of at most 64 bits")
         _require_int("min_features", self.min_features, 0)
-        for name in ("signed", "allow_empty", "strict"):
+        for name in ("signed", "share_sketches", "allow_empty", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _require_choice("hash_family", self.hash_family, HASH_FAMILIES)

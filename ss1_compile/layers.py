@@ -27,6 +27,8 @@ class Layer:
     reason: str | None = None
     by_choice: bool = False
     """Whether the configuration asked for it to stay dense."""
+    given: bool = False
+    """Whether the structure was given for this layer, and not made from the configuration."""
     row: LayerReport | None = None
     replacement: SS1Linear | SS1ExpertLinear | None = field(default=None, repr=False)
 
@@ -130,7 +132,7 @@ def find_layers(
                 f"{structure.in_features} and its weight is {n} × {k}"
             )
         else:
-            layer.structure = structure
+            layer.structure, layer.given = structure, given is not None
     return layers
 
 

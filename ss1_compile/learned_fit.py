@@ -48,6 +48,8 @@ class LearnedFit:
         self._gram: Tensor | None = None  # P
         self._own: Tensor | None = None  # the diagonal blocks of WᵀW, [G, gsize, gsize]
         self._energy = 0.0
+        self.error = 0.0
+        """``E‖(W - z Sᵀ) x‖²`` for the damped H at the end of :meth:`fit`."""
         self.blocks: Tensor
         self._solver: Tensor
 
@@ -83,29 +85,42 @@ class LearnedFit:
             self._own += blocks @ blocks.transpose(1, 2)
         self._energy += (rows * weighed).sum().item()
 
-    def fit(self, dtype: torch.dtype) -> Tensor:
+    def fit(self, dtype: torch.dtype, sweeps: int = SWEEPS) -> Tensor:
         """The blocks ``S [G, gsize, r]`` in ``dtype``, as they will be stored.
+
+        Args:
+            dtype: of the result.
+            sweeps: at most; fewer where they gain little.
 
         Raises:
             ProjectionError: the input statistics are singular after damping.
         """
-        sweeps = _Sweeps(self)
-        error = sweeps.error()
-        for _ in range(SWEEPS):
+        state = _Sweeps(self)
+        error = state.error()
+        for _ in range(sweeps):
             if error <= _ROUNDING * self._energy:
                 break
             before = error
-            sweeps.run()
-            error = sweeps.error()
+            state.run()
+            error = state.error()
             if before - error <= _ENOUGH * before:
                 break
+        self.error = error
         # Orthonormal columns: any basis of their span will do, and this one keeps X̃ and z in the
         # range of x and W. z is then solved for the blocks as they were rounded.
-        stored: Tensor = torch.linalg.qr(sweeps.blocks)[0].to(dtype)
-        self.blocks = stored.double()
+        stored: Tensor = torch.linalg.qr(state.blocks)[0].to(dtype)
+        self.use(stored)
+        return stored
+
+    def use(self, blocks: Tensor) -> None:
+        """Take the blocks ``[G, gsize, r]`` as they are.
+
+        Raises:
+            ProjectionError: the input statistics are singular after damping.
+        """
+        self.blocks = blocks.double()
         gram = _sketch(_from_left(self._moment, self.blocks).t(), self.blocks)
         self._solver = self._factor(gram)
-        return stored
 
     def solve(self, rows: Tensor) -> Tensor:
         """``z = W H S (Sᵀ H S)⁻¹ [M, K_c]`` for rows ``[M, K]`` of W."""

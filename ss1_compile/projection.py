@@ -12,30 +12,21 @@ All methods work per column block j with ``S_j [K, K_c]``, the sketch as a matri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError
+from ss1_compile.fitting import DAMPING, Method, Weight, choose, corrected
 from ss1_compile.input_statistics import InputStatistics
 from ss1_compile.learned import LearnedStructure, Structure
 from ss1_compile.learned_fit import LearnedFit
-from ss1_compile.rotation_fit import RotationFit
 from ss1_compile.structure import SS1Structure
-from ss1_compile.target import Target
-
-Method = Literal["average", "calibrated", "learned"]
-_Fit = RotationFit | LearnedFit
 
 _METHODS = ("average", "calibrated", "learned")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-DAMPING = 1e-3
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
-"""What ``damping="auto"`` chooses from."""
-_CHUNK_ELEMENTS = 2**25  # rows of W are taken in float64 copies of at most 256 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +67,7 @@ def project(
     method: Method | None = None,
     damping: float | Literal["auto"] = DAMPING,
     asymmetry: float | Literal["auto"] = "auto",
+    sketch: Tensor | None = None,
     name: str = "weight",
 ) -> Projection:
     """Project ``weight`` onto ``structure``.
@@ -109,9 +101,12 @@ def project(
             1e-3 without any.
         asymmetry: α in 0 … 1, the part of the drift that is made up for. ``"auto"`` takes that with
             the least output error on held-out rows, and ½ without any. No matter without drift.
+        sketch: ``[J, G, gsize, r]``, the blocks of a learned structure if they are given and not
+            to be fitted (:func:`ss1_compile.shared_sketch.fit_sketch`).
         name: of the layer, for messages.
 
     Raises:
+        StructureError: ``sketch`` does not have the structure's shape.
         ProjectionError: an operand has a wrong shape, dtype or device or is not finite, z leaves
             the range of the weight's dtype, or ``S_jᵀ H S_j`` is singular after damping.
         CalibrationError: ``"calibrated"`` without statistics.
@@ -138,103 +133,15 @@ def project(
     _check_operands(name, weight, structure, bias, statistics)
 
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        layer = _Weight(weight, structure, bias is not None, method, name)
-        ridge, part = _choose(layer, statistics, damping, asymmetry)
+        if sketch is not None:
+            structure.check_sketch(sketch)
+        layer = Weight(weight, structure, bias is not None, method, name, sketch)
+        ridge, part = choose(layer, statistics, damping, asymmetry)
         return _project(layer, bias, statistics, ridge, part)
 
 
-@dataclass(frozen=True, eq=False)
-class _Weight:
-    """What stays the same over all fits of one weight."""
-
-    weight: Tensor
-    structure: Structure
-    centred: bool
-    method: Method
-    name: str
-
-    def target(self, statistics: InputStatistics | None) -> Target:
-        return Target.of(statistics, self.centred, self.weight.device)
-
-    def rows(self, index: Tensor) -> Tensor:
-        return self.weight.index_select(0, index).double()
-
-    def fits(
-        self, target: Target, damping: float, asymmetry: float
-    ) -> Iterator[tuple[int, _Fit, tuple[Tensor, ...], Tensor | None]]:
-        """Per distinct hash: its j, the fit, the rows of W in chunks, and ``α G H⁻¹``."""
-        correction = None
-        if asymmetry > 0:
-            correction = target.correction(damping, self.name)
-            if correction is not None:
-                correction = correction * asymmetry
-        structure = self.structure
-        for j, rows in _blocks_by_hash(structure):
-            chunks = _row_chunks(rows, structure.in_features, self.weight.device)
-            if isinstance(structure, SS1Structure):
-                code = structure.code[j : j + 1].to(self.weight.device)
-                moment = None if self.method == "average" else target.moment
-                yield (
-                    j,
-                    RotationFit(code, structure, moment, damping, self.name),
-                    chunks,
-                    correction,
-                )
-                continue
-            fit = LearnedFit(structure, target.moment, damping, self.name)
-            for index in chunks:
-                fit.add(_corrected(self.rows(index), correction))
-            fit.fit(self.weight.dtype)
-            yield j, fit, chunks, correction
-
-
-def _corrected(w: Tensor, correction: Tensor | None) -> Tensor:
-    return w if correction is None else w + w @ correction
-
-
-def _choose(
-    layer: _Weight,
-    statistics: InputStatistics | None,
-    damping: float | Literal["auto"],
-    asymmetry: float | Literal["auto"],
-) -> tuple[float, float]:
-    """The damping and the asymmetry to use, those that are "auto" by the error on held-out rows.
-
-    What is fitted for α = ½ is linear in α with its sketch held, so that the error is a parabola.
-    """
-    if statistics is None or layer.method == "average" or layer.structure.reduction == 1:
-        return (DAMPING if damping == "auto" else damping), 0.0
-    fixed = (DAMPING if damping == "auto" else damping, 0.5 if asymmetry == "auto" else asymmetry)
-    held_out = statistics.held_out
-    drifted = statistics.drift is not None
-    if held_out is None or not (damping == "auto" or (asymmetry == "auto" and drifted)):
-        return fixed
-    target, unseen = layer.target(statistics.without_held_out()), layer.target(held_out)
-    best: tuple[float, float, float] | None = None
-    for ridge in DAMPINGS if damping == "auto" else (damping,):
-        terms = torch.zeros(3, dtype=torch.float64, device=layer.weight.device)
-        for _, fit, chunks, correction in layer.fits(target, ridge, fixed[1]):
-            for index in chunks:
-                w = layer.rows(index)
-                e = w - fit.materialize(fit.solve(w))
-                terms[0] += unseen.lost(w, e)
-                if correction is not None:
-                    more = fit.materialize(fit.solve(w @ correction))
-                    terms[1:] += torch.stack(unseen.along(w, e, more))
-        constant, slope, curvature = terms.tolist()
-        part, t = fixed[1], 1.0
-        if asymmetry == "auto" and curvature > 0:
-            part = min(1.0, max(0.0, fixed[1] * slope / (2 * curvature)))
-            t = part / fixed[1]
-        error = constant - slope * t + curvature * t * t
-        if best is None or error < best[0]:
-            best = error, ridge, part
-    assert best is not None
-    return best[1:]
-
-
 def _project(
-    layer: _Weight,
+    layer: Weight,
     bias: Tensor | None,
     statistics: InputStatistics | None,
     damping: float,
@@ -255,7 +162,7 @@ def _project(
             sketch[j] = fit.blocks.to(weight.dtype)
         for index in chunks:
             w = layer.rows(index)
-            stored = fit.solve(_corrected(w, correction)).to(weight.dtype)
+            stored = fit.solve(corrected(w, correction)).to(weight.dtype)
             z[index] = stored
             e = w - fit.materialize(stored.double())
             lost += target.lost(w, e)
@@ -276,23 +183,15 @@ def _project(
     return Projection(z, bias, math.sqrt(ratio), error_of, layer.method, sketch, damping, asymmetry)
 
 
-def _blocks_by_hash(structure: Structure) -> Iterator[tuple[int, list[range]]]:
-    """A column block j per distinct hash, with the rows of all blocks that have the same."""
-    alike: dict[Any, list[int]] = {}
-    keys: Iterable[Any] = range(structure.num_hashes)
-    if isinstance(structure, SS1Structure):
-        keys = map(tuple, structure.code.flatten(1).tolist())
-    for j, key in enumerate(keys):
-        alike.setdefault(key, []).append(j)
-    width, end = structure.block_n, structure.out_features
-    for blocks in alike.values():
-        yield blocks[0], [range(j * width, min((j + 1) * width, end)) for j in blocks]
-
-
-def _row_chunks(rows: list[range], columns: int, device: torch.device) -> tuple[Tensor, ...]:
-    index = torch.cat([torch.arange(r.start, r.stop, device=device) for r in rows])
-    chunks: tuple[Tensor, ...] = index.split(max(1, _CHUNK_ELEMENTS // columns))
-    return chunks
+def check_finite(tensor: Tensor, what: str, name: str) -> None:
+    """Raise ``ProjectionError`` unless every entry is finite; ``what`` it is, of which layer."""
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        at = (~finite).nonzero()[0].tolist()
+        raise ProjectionError(
+            f"{name}: {what}{at} is {tensor[tuple(at)].item()}; repair the checkpoint or "
+            f"exclude the layer"
+        )
 
 
 def _check_operands(
@@ -324,13 +223,7 @@ def _check_operands(
             raise ProjectionError(
                 f"{name}: {what} is on {tensor.device}, the weight on {weight.device}; move one"
             )
-        finite = torch.isfinite(tensor)
-        if not bool(finite.all()):
-            at = (~finite).nonzero()[0].tolist()
-            raise ProjectionError(
-                f"{name}: {what}{at} is {tensor[tuple(at)].item()}; repair the checkpoint or "
-                f"exclude the layer"
-            )
+        check_finite(tensor, what, name)
     if statistics is None:
         return
     problem = statistics.problem()

@@ -24,7 +24,13 @@ from ss1_compile.modules import put_layer
 from ss1_compile.moments import input_key, kept_rows
 from ss1_compile.observer import LinearObserver, Quietly, attention_mask, run_batch
 from ss1_compile.paired_moments import PairedMoments
-from ss1_compile.statistics import execution_groups, is_held_out, rebind, statistics_of
+from ss1_compile.statistics import (
+    execution_groups,
+    is_held_out,
+    rebind,
+    statistics_of,
+    with_held_out,
+)
 
 Run = Callable[[int], Any]
 """Runs the model, or one block of it, on the batch of that index."""
@@ -185,15 +191,8 @@ class SequentialCalibration:
             expected = expected or reader.calls()
             out = self._held_out and is_held_out(i, len(self._batches))
             moments[out].add(reader.rows, None if other is None else other.rows)
-        rest, apart = (m.finish() for m in moments)
-        found = []
-        for name in group:
-            statistics = rest.get(name) or apart.get(name)
-            if name in rest and name in apart:
-                statistics = rest[name].combine(apart[name])
-                statistics.held_out = apart[name]
-            found.append((self._layers[name], statistics))
-        return found
+        entries = with_held_out(*(m.finish() for m in moments))
+        return [(self._layers[name], entries.get(name)) for name in group]
 
 
 class _Reader:

@@ -254,7 +254,7 @@ def calibrate(
             moments.finish()
     if empty:
         raise CalibrationError("the calibration data is empty; pass at least one batch")
-    entries = _together(*(_entries(part, both_ways, aliases) for part in (kept, apart)))
+    entries = with_held_out(*(_entries(part, both_ways, aliases) for part in (kept, apart)))
     if not entries and weights:
         raise CalibrationError(
             f"no calibration input reached a linear weight (of {len(weights)} looked for: "
@@ -361,7 +361,7 @@ def _entries(
     return entries
 
 
-def _together(
+def with_held_out(
     kept: Mapping[str, InputStatistics], apart: Mapping[str, InputStatistics]
 ) -> dict[str, InputStatistics]:
     """All rows, with those that were set apart as the held-out ones; shared as both are shared."""

@@ -39,6 +39,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("hash_family", ["affine"]),
     ("signed", 1),
     ("signed", None),
+    ("share_sketches", 1),
     ("seed", 0.5),
     ("seed", None),
     ("seed", 2**65),

@@ -239,7 +239,7 @@ def test_equal_hashes_and_row_chunks_change_nothing(monkeypatch):
     monkeypatch.setattr(
         torch.linalg, "cholesky_ex", lambda matrix: calls.append(1) or plain(matrix)
     )
-    monkeypatch.setattr("ss1_compile.projection._CHUNK_ELEMENTS", 64 * 7)
+    monkeypatch.setattr("ss1_compile.fitting._CHUNK_ELEMENTS", 64 * 7)
     found = project(weight, mixed, statistics=statistics, damping=0.0)
     torch.testing.assert_close(found.z, wanted, rtol=1e-9, atol=1e-9)
     assert len(calls) == 2

@@ -93,7 +93,7 @@ def test_products_that_are_no_linear_are_not_taken_for_one():
 )
 def test_streaming_equals_one_shot(sizes, dtype, chunk):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moments_module, "_CHUNK_ELEMENTS", chunk)
+        patch.setattr(moments_module, "CHUNK_ELEMENTS", chunk)
         model = nn.Linear(6, 2).to(dtype)
         batches = [(torch.randn(n, 6) * 3 + 1).to(dtype) for n in sizes]
         found = calibrate(model, batches)
