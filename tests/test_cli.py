@@ -11,9 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 import ss1_compile
-from ss1_compile import _demo_data, _huggingface
+from ss1_cli import app
+from ss1_compile import _demo_data, data_files
 from ss1_compile.checkpoint import CONFIG_FILE, TENSORS_FILE, read_config
-from ss1_compile.cli import app
 from ss1_compile.errors import CheckpointError
 
 transformers = pytest.importorskip("transformers")
@@ -107,7 +107,7 @@ def test_compress_calibrates_saves_and_prints_how_to_load(hf_dir, texts, tmp_pat
         dense = load_dense(hf_dir)
         expected = dense(input_ids=ids).last_hidden_state
         tokenizer = transformers.AutoTokenizer.from_pretrained(out / "huggingface")
-        batches = _huggingface._batches(tokenizer, _huggingface.read_texts(texts, 512), 128)
+        batches = data_files.text_batches(tokenizer, data_files.read_texts(texts, 512), 16, 128)
         ss1_compile.compress(dense, saved.config, batches)
         same = dense(input_ids=ids).last_hidden_state
     assert torch.equal(got, same)
@@ -183,18 +183,18 @@ def test_texts_of_both_formats(tmp_path):
     lines.write_text("one\n\n  two \nthree\n")
     objects.write_text('{"text": "one"}\n\n{"text": "two", "id": 1}\n{"text": "three"}\n')
     for path in (lines, objects):
-        assert _huggingface.read_texts(path, 2) == ["one", "two"]
-        assert _huggingface.read_texts(path, 9) == ["one", "two", "three"]
+        assert data_files.read_texts(path, 2) == ["one", "two"]
+        assert data_files.read_texts(path, 9) == ["one", "two", "three"]
     for bad in ("[]", '{"body": "x"}', "text", '{"text": 3}'):
         objects.write_text('{"text": "fine"}\n' + bad + "\n")
         with pytest.raises(ss1_compile.CalibrationError, match="line 2"):
-            _huggingface.read_texts(objects, 9)
+            data_files.read_texts(objects, 9)
     lines.write_text("\n \n")
     with pytest.raises(ss1_compile.CalibrationError, match="empty"):
-        _huggingface.read_texts(lines, 9)
+        data_files.read_texts(lines, 9)
     lines.write_bytes(b"caf\xe9\n")
     with pytest.raises(ss1_compile.CalibrationError, match="cannot be read"):
-        _huggingface.read_texts(lines, 9)
+        data_files.read_texts(lines, 9)
 
 
 def test_demo_without_its_model_says_how_to_install_it(tmp_path, monkeypatch):

@@ -1,0 +1,87 @@
+"""``ss1 heal``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ss1_cli.common import (
+    BatchSize,
+    Compressed,
+    Data,
+    Device,
+    DryRun,
+    MaxTokens,
+    Model,
+    OptionalData,
+    Samples,
+    one_line_errors,
+    out,
+    waiting,
+)
+
+
+def heal(
+    context: typer.Context,
+    model: Model,
+    compressed: Compressed,
+    out_dir: Annotated[Path, typer.Argument(help="Where the healed model goes.")],
+    data: Data,
+    held_out: OptionalData = None,
+    metric: Annotated[str, typer.Option(help="cosine or perplexity, of --held-out.")] = "cosine",
+    steps: Annotated[int, typer.Option(min=0, help="End-to-end steps.")] = 400,
+    block_steps: Annotated[int, typer.Option(min=0, help="Steps block by block, first.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, the greatest.")] = 5e-4,
+    state: Annotated[
+        Path | None, typer.Option(help="Directory for the state of the run, to resume from.")
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute activations: less memory.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the batches.")] = 0,
+    samples: Samples = 8192,
+    max_tokens: MaxTokens = 128,
+    batch_size: BatchSize = 16,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+) -> None:
+    """Distil the dense MODEL into the COMPRESSED one."""
+    with one_line_errors(context):
+        import ss1_compile
+        from ss1_compile.data_files import load_batches
+        from ss1_compile.model_sources import check_target, load_compressed, load_model
+        from ss1_compile.serialization import read_config
+
+        sizes = {"samples": samples, "batch_size": batch_size, "max_tokens": max_tokens}
+        config = ss1_compile.HealConfig(
+            steps=steps,
+            block_steps=block_steps,
+            learning_rate=learning_rate,
+            gradient_checkpointing=checkpointing,
+            seed=seed,
+            evaluate_every=0 if held_out is None else max(1, (steps + block_steps) // 8),
+        )
+        saved = read_config(compressed)
+        if not dry_run:
+            check_target(out_dir)
+        with waiting(f"loading {model} and {compressed}"):
+            loaded = load_model(model, device)
+            dense = loaded.model
+            student = load_compressed(compressed, loaded)
+            batches = load_batches(data, loaded, **sizes)
+            unseen = None if held_out is None else load_batches(held_out, loaded, **sizes)
+        if dry_run:
+            out(
+                f"dry run: would train {steps + block_steps} steps of {batch_size} on "
+                f"{len(batches)} batches; nothing was written"
+            )
+            return
+        result = ss1_compile.heal(
+            student, dense, batches, config, held_out=unseen, metric=metric, directory=state
+        )
+        loaded.model = student
+        loaded.save_compressed(out_dir, saved.config)
+    out(result)
+    out(f"wrote {out_dir}; load it with\n\n{loaded.recipe(out_dir)}")
