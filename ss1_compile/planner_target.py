@@ -66,7 +66,7 @@ class Target:
         if name in ("", *_UNITS):
             if sign in (">=", "≥"):
                 raise ConfigError(f"{name} is a cost, a target says {name} <= ...; got {target!r}")
-            return cls._budget(name, number, unit, target)
+            return cls._budget(name, number, unit, str(target))
         if name not in ("cosine", "perplexity", "metric"):
             raise ConfigError(f"unknown target {name!r} in {target!r}; it is like {_EXAMPLES}")
         if unit not in ("", "%"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from ss1_compile.compression import compress
 from ss1_compile.config import SS1Config
@@ -214,7 +214,7 @@ def time_models(
     """
     functions: dict[str, Any] = dict(models)
     if compiled:
-        options = {"include": (), "allow_empty": True}
+        options: dict[str, Any] = {"include": (), "allow_empty": True}
         functions = {
             name: torch.compile(model, backend="ss1", options=options)
             for name, model in models.items()
@@ -253,6 +253,6 @@ def _weights(model: nn.Module, report: Report) -> int:
 
 
 def _bytes(model: nn.Module) -> int:
-    tensors = {id(t): t for t in model.parameters()}
+    tensors: dict[int, Tensor] = {id(t): t for t in model.parameters()}
     tensors |= {id(b): b for name, b in model.named_buffers() if name.endswith("sketch")}
     return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -3,7 +3,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"ss1_compile": "ss1_compile", "ss1_compile.kernels": "kernels"}
-FOLDERS["ss1_compile.passes"] = "passes"
+FOLDERS |= {"ss1_compile.passes": "passes", "ss1_cli": "ss1_cli"}
 SUFFIXES = {".py", ".cpp", ".json", ".typed", ".html", ".css", ".js"}
 
 
