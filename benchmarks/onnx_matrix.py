@@ -29,7 +29,7 @@ import ss1_compile
 from ss1_compile import export_onnx
 from ss1_compile.onnx import register_schemas
 from ss1_compile.onnx.export import OPSETS
-from ss1_compile.onnx.verification import relative_error
+from ss1_compile.onnx.runner import relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "onnx_matrix.json"

@@ -210,10 +210,18 @@ def add_initializer(
 
 
 def drop_unused(model: ir.Model, value: ir.Value | None) -> None:
-    """Remove an initializer that nothing reads any more."""
-    name = None if value is None else value.name
-    if value is not None and name is not None and not value.uses():
-        model.graph.initializers.pop(name, None)
+    """Remove a weight that nothing reads any more, and the constant that it is computed from."""
+    if value is None or value.uses() or value.is_graph_output():
+        return
+    producer = value.producer()
+    if producer is None:
+        if value.name is not None:
+            model.graph.initializers.pop(value.name, None)
+    elif producer.op_type in ("Constant", "Transpose") and producer.graph is not None:
+        sources = list(producer.inputs)
+        producer.graph.remove(producer, safe=True)
+        for source in sources:
+            drop_unused(model, source)
 
 
 # --- forms --------------------------------------------------------------------------------------

@@ -1,59 +1,37 @@
 """ONNX to ONNX: compress the linear layers of a file, for those who have nothing else.
 
-A layer is ``MatMul (X, W [K, N])``, perhaps with ``Add (·, B [N])`` behind it, or ``Gemm`` with
-``alpha = beta = 1``; W is an initializer, or a transposed one. It becomes one SS1 node.
+What is a linear layer says :mod:`ss1_compile.onnx.finding`. It becomes one SS1 node.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor
 
 from ss1_compile.config import Quantization, SS1Config
 from ss1_compile.errors import CalibrationError, ConfigError
 from ss1_compile.moments import InputStatistics, Moments
 from ss1_compile.onnx import layers as onnx_layers
 from ss1_compile.onnx.files import ExternalData, check_target, publish, save_model, staging
+from ss1_compile.onnx.finding import FoundLinear, find_linears
 from ss1_compile.onnx.operators import DOMAIN, VERSION, Operator
 from ss1_compile.onnx.quantization import EIGHT_BITS, SEVEN_BITS, check_quantization, quantize
-from ss1_compile.onnx.reading import read_model
-from ss1_compile.onnx.verification import Runner, to_numpy, to_torch
+from ss1_compile.onnx.runner import Runner, to_numpy, to_torch
+from ss1_compile.onnx.untrusted import read_model
 from ss1_compile.projection import project
 from ss1_compile.report import LayerReport, Report
 from ss1_compile.structure import SS1Structure
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 _OLDEST_OPSET = 18
 
 Feeds = Mapping[str, "np.ndarray[Any, Any]"]
-
-
-@dataclass(eq=False)
-class _Found:
-    """One linear layer of the file."""
-
-    name: str
-    node: ir.Node
-    add: ir.Node | None
-    x: ir.Value
-    weight: Tensor
-    """``[N, K]``."""
-    bias: Tensor | None
-    structure: SS1Structure | None = None
-    reason: str | None = None
-
-    @property
-    def bytes(self) -> int:
-        tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def compress_onnx(
@@ -70,7 +48,7 @@ def compress_onnx(
 ) -> Report:
     """Compress the linear layers of an ONNX file into another.
 
-    The file is not trusted (see :func:`ss1_compile.onnx.reading.read_model`). A model below opset
+    The file is not trusted (see :func:`ss1_compile.onnx.untrusted.read_model`). A model below opset
     18 is converted first. The new file is loaded by ONNX Runtime before it takes its name, and run
     on the first of the calibration feeds.
 
@@ -103,7 +81,7 @@ def compress_onnx(
         raise ConfigError(f"form must be one of {list(onnx_layers.FORMS)}, got {form!r}")
     target = check_target(out, external_data)
     model = _modern(read_model(path))
-    found = _find(model, config)
+    found = find_linears(model, config)
     batches = None if calibration is None else list(calibration)
     with staging(target) as stage:
         statistics = {} if batches is None else _calibrate(model, found, batches, stage)
@@ -151,7 +129,7 @@ def estimate_onnx(
     """
     config = _config(config, options)
     report = Report()
-    for layer in _find(read_model(path), config):
+    for layer in find_linears(read_model(path), config):
         row = _row(layer)
         if layer.structure is not None:
             row = _compressed(row, layer, layer.structure)
@@ -181,97 +159,11 @@ def _modern(model: ir.Model) -> ir.Model:
     return model
 
 
-# --- finding ------------------------------------------------------------------------------------
-
-
-def _find(model: ir.Model, config: SS1Config) -> list[_Found]:
-    """The linear layers of the main graph, in order, with structures or reasons."""
-    found = []
-    for node in model.graph:
-        layer = _linear(node) if node.domain == "" else None
-        if layer is None:
-            continue
-        found.append(layer)
-        if layer.reason is not None:
-            continue
-        n, k = layer.weight.shape
-        structure = config.structure_for(layer.name, k, n)
-        if isinstance(structure, str):
-            layer.reason = structure
-        elif isinstance(structure, SS1Structure):
-            layer.structure = structure
-    return found
-
-
-def _linear(node: ir.Node) -> _Found | None:
-    """The linear layer that ``node`` is, or ``None``."""
-    if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
-        return None
-    x, w = node.inputs[0], node.inputs[1]
-    weight = _weight(w)
-    if x is None or w is None or weight is None:
-        return None
-    name = node.name or w.name or node.op_type
-    layer = _Found(name, node, None, x, weight.t(), None)
-    if node.op_type == "Gemm":
-        attributes = node.attributes
-        if attributes.get_int("transB", 0):
-            layer.weight = weight
-        if attributes.get_int("transA", 0) or attributes.get_float("alpha", 1.0) != 1:
-            layer.reason = "transA or alpha"
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if bias is not None:
-            layer.bias = _bias(bias, layer.weight)
-            if layer.bias is None or attributes.get_float("beta", 1.0) != 1:
-                layer.reason = "beta, or a bias that is no constant [N]"
-    else:
-        _absorb_add(layer)
-    return layer
-
-
-def _absorb_add(layer: _Found) -> None:
-    """Take a constant ``[N]`` that is added to the product as the bias."""
-    output = layer.node.outputs[0]
-    uses = list(output.uses())
-    if len(uses) != 1 or output.is_graph_output() or uses[0].node.op_type != "Add":
-        return
-    add, index = uses[0]
-    other = add.inputs[1 - index]
-    bias = None if other is None else _bias(other, layer.weight)
-    if bias is not None:
-        layer.add, layer.bias = add, bias
-
-
-def _constant(value: ir.Value) -> Tensor | None:
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.dtype not in _FLOATS:
-        return None
-    return to_torch(np.array(tensor.numpy()))
-
-
-def _weight(value: ir.Value | None) -> Tensor | None:
-    """The matrix that ``value`` is, through at most one transposition."""
-    if value is None:
-        return None
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
-        inner = _constant(producer.inputs[0])
-        return inner.t() if inner is not None and inner.dim() == 2 else None
-    weight = _constant(value)
-    return weight if weight is not None and weight.dim() == 2 and weight.numel() else None
-
-
-def _bias(value: ir.Value, weight: Tensor) -> Tensor | None:
-    bias = _constant(value)
-    fits = bias is not None and bias.shape == (weight.shape[0],) and bias.dtype == weight.dtype
-    return bias if fits else None
-
-
 # --- calibrating --------------------------------------------------------------------------------
 
 
 def _calibrate(
-    model: ir.Model, found: list[_Found], batches: list[Feeds], stage: Path
+    model: ir.Model, found: list[FoundLinear], batches: list[Feeds], stage: Path
 ) -> dict[ir.Value, InputStatistics]:
     """Run the model with the inputs of the chosen layers as further outputs."""
     if not batches:
@@ -308,13 +200,13 @@ def _calibrate(
 # --- rewriting ----------------------------------------------------------------------------------
 
 
-def _row(layer: _Found) -> LayerReport:
+def _row(layer: FoundLinear) -> LayerReport:
     n, k = layer.weight.shape
     size = layer.bytes
     return LayerReport(layer.name, layer.node.op_type, (n, k), size, size, reason=layer.reason)
 
 
-def _compressed(row: LayerReport, layer: _Found, structure: SS1Structure) -> LayerReport:
+def _compressed(row: LayerReport, layer: FoundLinear, structure: SS1Structure) -> LayerReport:
     element = layer.weight.element_size()
     after = element * structure.out_features * (structure.reduced_features)
     after += structure.code.numel() * structure.code.element_size()
@@ -324,7 +216,7 @@ def _compressed(row: LayerReport, layer: _Found, structure: SS1Structure) -> Lay
 
 def _rewrite(
     model: ir.Model,
-    layer: _Found,
+    layer: FoundLinear,
     config: SS1Config,
     statistics: Mapping[ir.Value, InputStatistics],
 ) -> LayerReport:
@@ -379,11 +271,5 @@ def _rewrite(
         graph, last, old, [new], [last.outputs[0]], [new.outputs[0]]
     )
     for value in dropped:
-        producer = None if value is None else value.producer()
-        if producer is not None and producer.op_type == "Transpose" and producer.graph is graph:
-            source = producer.inputs[0]
-            if value is not None and not value.uses():
-                graph.remove(producer, safe=True)
-                onnx_layers.drop_unused(model, source)
         onnx_layers.drop_unused(model, value)
     return _compressed(row, layer, structure)

@@ -18,7 +18,7 @@ from ss1_compile.errors import ConfigError, ExportError, VerificationError
 from ss1_compile.kernels.quantize import dequantize
 from ss1_compile.onnx import export, functions, inline, onnx_translation_table
 from ss1_compile.onnx.operators import DOMAIN
-from ss1_compile.onnx.verification import relative_error
+from ss1_compile.onnx.runner import relative_error
 
 X = torch.randn(2, 5, 72)
 AXES = ({0: DYNAMIC, 1: DYNAMIC},)

@@ -12,7 +12,7 @@ from ss1_compile.kernels import reference
 from ss1_compile.onnx.functions import MAX_UNROLLED, NARROW, Traits, function_body
 from ss1_compile.onnx.operators import DOMAIN, OPERATORS, Operator
 from ss1_compile.onnx.quantization import emulate, round_rows
-from ss1_compile.onnx.verification import relative_error
+from ss1_compile.onnx.runner import relative_error
 
 
 @st.composite

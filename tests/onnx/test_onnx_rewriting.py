@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ss1_compile.errors import CalibrationError, ConfigError, NothingToCompressError
 from ss1_compile.onnx import compress_onnx, estimate_onnx, from_onnx
 from ss1_compile.onnx.operators import DOMAIN
-from ss1_compile.onnx.verification import Runner, relative_error
+from ss1_compile.onnx.runner import Runner, relative_error
 
 K, N = 120, 50  # ragged: no multiple of 64, nor of c·B_K
 
@@ -68,6 +68,19 @@ def test_lossless_at_reduction_1(dense, tmp_path):
     assert [n.op_type for n in stored.graph.node] == ["SS1Linear", "Relu", "SS1Linear", "SS1Linear"]
     assert {i.name for i in stored.graph.initializer}.isdisjoint({"w", "g", "t"})
     assert set(from_onnx(out)) == {"up", "middle", "down"}
+
+
+def test_weights_in_constant_nodes_go_too(dense, tmp_path):
+    """As Paddle's converter writes them."""
+    proto = onnx.load(dense)
+    for tensor in list(proto.graph.initializer):
+        proto.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+    del proto.graph.initializer[:]
+    path, out = tmp_path / "constants.onnx", tmp_path / "out.onnx"
+    onnx.save(proto, path)
+    compress_onnx(path, out, reduction=1)
+    assert error(dense, out, feeds()[0]) < 1e-5
+    assert "Constant" not in {node.op_type for node in onnx.load(out).graph.node}
 
 
 @pytest.mark.filterwarnings("ignore::ss1_compile.SS1Warning")
