@@ -5,8 +5,9 @@
 //   dequantize    z in float, row by row, for the library's matrix product
 //   weight_only   y[m, n] = Σ_g s_z[n,g] · Σ_{k in g} X̃[j,m,k] z[n,k] + b[n], few rows, in float
 //
-// Integers are multiplied as int16 pairs (vpmaddwd), whose sums are exact. vpmaddubsw would do twice
-// as many at a time, but saturates at two products of 8 bits, and so do the libraries that use it.
+// Integers are multiplied as int16 pairs (vpmaddwd and an addition, one instruction with VNNI), whose
+// sums are exact. vpmaddubsw would do twice as many at a time, but saturates at two products of 8
+// bits, and so do the libraries that use it.
 //
 // Many rows: a tile of z, two vectors of columns wide, is widened to int16 pairs [K/2][columns][2];
 // rows of q are then broadcast pair by pair. Few rows: z is read once as it lies, row by row.
@@ -32,7 +33,11 @@ inline Vector widen8(const int8_t* p) {
 }
 inline Vector same(int32_t pair) { return _mm512_set1_epi32(pair); }
 inline Vector add_products(Vector sum, Vector a, Vector b) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(sum, a, b);
+#else
   return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
 }
 inline void store(int32_t* p, Vector v) { _mm512_storeu_si512(p, v); }
 #elif defined(__AVX2__)
@@ -47,7 +52,11 @@ inline Vector widen8(const int8_t* p) {
 }
 inline Vector same(int32_t pair) { return _mm256_set1_epi32(pair); }
 inline Vector add_products(Vector sum, Vector a, Vector b) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
 }
 inline void store(int32_t* p, Vector v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
