@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         block_steps=arguments.block_steps,
         learning_rate=arguments.learning_rate,
-        evaluate_every=max(1, arguments.steps // 8),
+        evaluate_every=max(1, arguments.steps // arguments.evaluations),
         seed=arguments.seed,
         output=pooled,
         metric=cosine,
@@ -118,6 +118,7 @@ if __name__ == "__main__":
     parser.add_argument("--texts", type=int, default=20000)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--block-steps", type=int, default=0)
+    parser.add_argument("--evaluations", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     measure(parser.parse_args())
