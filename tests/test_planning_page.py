@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import harness
 import planner
 
 
 def test_the_page_has_the_tables_of_the_results():
-    text = (ROOT / "docs" / "planning.md").read_text()
+    text = planner.PAGE.read_text()
     assert planner.page(text, harness.read("planner")) == text
 
 
