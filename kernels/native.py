@@ -1,5 +1,7 @@
 """The CPU implementation of the operators: a C++ sketch, then the BLAS of PyTorch.
 
+For few rows the product is C++, too (``csrc/linear.cpp``).
+
 The sketch is bound by memory, and no composition of PyTorch operators comes near that bound: for
 2048 × 3072 inputs and c = J = 4 a gather takes 93 ms, Inductor's code for it 35 ms, and the C++
 loop of ``csrc/rotation.cpp`` 5 ms, where the dense layer 3072 → 768 takes 43 ms in all.
@@ -43,6 +45,15 @@ _FLAGS = () if sys.platform == "win32" else ("-ftree-loop-vectorize", "-ffp-cont
 # Additions that are worth another thread: about 20 µs of work against some 5 µs to wake it.
 _ADDITIONS_PER_THREAD = 1 << 16
 
+# Products of few rows that are worth another thread, likewise.
+_PRODUCTS_PER_THREAD = 1 << 17
+
+# Up to so many rows, by the bytes of a value, one C++ function does the whole layer. Sketch and
+# library's product, then that, with one thread, c = 4, µs (the machine was busy, the calls took
+# turns): float32 768 → 768, 1 row 303 and 180, 8 rows 557 and 426; 768 → 3072, 8 rows 1126 and
+# 1092, 16 rows 1232 and 1812; bfloat16 1 row 361 and 201, 16 rows 865 and 664, 1629 and 1492.
+_FEW_ROWS = {2: 16, 4: 8, 8: 8}
+
 # Rows sketched at a time by `linear`, into one buffer. Whole inputs pay for fresh pages of memory
 # (2048 × 768 → 3072, c = 4: 24.6 ms against 20.8), and tiles of 128 rows for small matrix products
 # (26.3 ms); 256, 512 and 1024 rows differ by less than a tenth.
@@ -55,8 +66,8 @@ Kernel = Callable[..., None]
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The C++ kernels of ``csrc/rotation.cpp``; ``None`` if they cannot be compiled."""
-    return load_library("rotation.cpp")
+    """The C++ kernels of the floating layers; ``None`` if they cannot be compiled."""
+    return load_library("rotation.cpp", "linear.cpp")
 
 
 def load_library(*names: str) -> ctypes.CDLL | None:
@@ -93,6 +104,9 @@ def _kernel(op: str, dtype: torch.dtype) -> Kernel | None:
         return None
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     kernel.argtypes = [pointer, integer, pointer, pointer, *[integer] * 9]
+    if op == "linear":
+        strided = [pointer, integer]
+        kernel.argtypes = [*strided, pointer, *strided, pointer, pointer, *[integer] * 8]
     kernel.restype = None
     result: Kernel = kernel
     return result
@@ -147,6 +161,38 @@ def unsketch(g: Tensor, code: Tensor, in_features: int) -> Tensor:
     return out
 
 
+def _few_rows(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`linear` in one call, for operands whose last strides are 1."""
+    kernel = _kernel("linear", x.dtype)
+    assert kernel is not None  # there is one for every type that has a sketch
+    rows, in_features = x.shape
+    hashes, groups, reduction = code.shape
+    columns, reduced = z.shape
+    y = x.new_empty(rows, columns)
+    products = rows * columns * reduced
+    threads = 1
+    if products >= 2 * _PRODUCTS_PER_THREAD:
+        threads = min(torch.get_num_threads(), products // _PRODUCTS_PER_THREAD, columns)
+    kernel(
+        x.data_ptr(),
+        x.stride(0),
+        code.data_ptr(),
+        z.data_ptr(),
+        z.stride(0),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        rows,
+        in_features,
+        columns,
+        hashes,
+        groups,
+        reduction,
+        reduced // groups,
+        threads,
+    )
+    return y
+
+
 def linear(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
     """``y [..., N]`` of ``x [..., K]``: sketch a tile of rows, then one batched product of it."""
     kernel = _kernel("sketch", x.dtype) if is_rotation(code) else None
@@ -155,6 +201,13 @@ def linear(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
     flat = _unit_last_stride(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
     code = code.contiguous()
     rows, tile = flat.shape[0], _TILE_ROWS
+    if (
+        0 < rows <= _FEW_ROWS[x.itemsize]
+        and z.stride(1) == 1
+        and (bias is None or bias.stride(0) == 1)
+    ):
+        y = _few_rows(flat, code, z, bias)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], z.shape[0])
     y = x.new_empty(rows, z.shape[0])
     if rows <= tile:
         sketched = x.new_empty(code.shape[0], rows, z.shape[1])

@@ -113,11 +113,14 @@ def test_linear(structure, rows, dtype, kind, seed, bias):
     torch.testing.assert_close(y, portable.linear(x, structure.code, z, b))
 
 
-@pytest.mark.parametrize("rows", [native._TILE_ROWS, 2 * native._TILE_ROWS + 3])
-def test_tiles_and_threads_change_nothing(rows):
-    structure = SS1Structure.create(80, 24, 3, block_k=16)
-    x = torch.randn(rows, 80)
-    z, bias = torch.randn(24, structure.reduced_features), torch.randn(24)
+@pytest.mark.parametrize(
+    ("rows", "features", "columns"),
+    [(native._TILE_ROWS, 80, 24), (2 * native._TILE_ROWS + 3, 80, 24), (7, 640, 1030)],
+)
+def test_tiles_and_threads_change_nothing(rows, features, columns):
+    structure = SS1Structure.create(features, columns, 3, block_k=16)
+    x = torch.randn(rows, features)
+    z, bias = torch.randn(columns, structure.reduced_features), torch.randn(columns)
     before = torch.get_num_threads()
     try:
         results = []
