@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -80,3 +83,12 @@ def test_bad_arguments_are_named(message):
         gptq_round(**wrong[message], name="encoder.0")
     assert message in str(error.value)
     assert "encoder.0" in str(error.value)
+
+
+def test_the_example_of_the_page_runs(capsys):
+    page = Path(__file__).parent.parent / "docs" / "quantization.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(compile(example, page.name, "exec"), names)
+    assert [row.quantization for row in names["report"]] == ["int8_dynamic"] * 2
+    assert "int8_dynamic" in capsys.readouterr().out
