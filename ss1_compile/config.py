@@ -258,13 +258,13 @@ class SS1Config:
             if fnmatch.fnmatchcase(name, pattern):
                 return f"excluded by {pattern!r}"
         reduction: float | None = self.reduction
-        pattern, override = self._override(name)
-        if pattern is not None:
+        matching, override = self._override(name)
+        if matching is not None:
             reduction = override
             if isinstance(override, Mapping):
                 reduction = override.get("reduction", self.reduction)
         if reduction is None:
-            return f"kept dense by overrides[{pattern!r}]"
+            return f"kept dense by overrides[{matching!r}]"
         if min(in_features, out_features) < self.min_features:
             return f"smaller than min_features = {self.min_features}"
         if reduction > in_features:

@@ -205,7 +205,8 @@ class SS1Linear(nn.Module):
         """Cast and move; the dtypes of a quantised z and its scale stay."""
         z, scale = self.z, self.scale
         if scale is None:
-            return super()._apply(fn, recurse)
+            super()._apply(fn, recurse)
+            return self
         floating = fn(torch.empty(0, dtype=self.dtype, device=z.device)).dtype
 
         def keep_quantized(tensor: Tensor) -> Tensor:

@@ -275,4 +275,5 @@ def _energy(rows: Tensor, gram: Tensor) -> Tensor:
     if gram.dim() == 2:
         return ((rows @ gram) * rows).sum()
     grouped = rows.unflatten(1, gram.shape[:2])
-    return (torch.einsum("ngr,grs->ngs", grouped, gram) * grouped).sum()
+    energy: Tensor = (torch.einsum("ngr,grs->ngs", grouped, gram) * grouped).sum()
+    return energy
