@@ -152,6 +152,13 @@ class Report:
         errors = [layer.error for layer in self.compressed if layer.error is not None]
         return sum(errors) / len(errors) if errors else None
 
+    @property
+    def mean_quantization_error(self) -> float | None:
+        """Mean relative error that quantising z adds, ``None`` if no layer is quantised."""
+        found = (layer.quantization_error for layer in self.compressed)
+        errors = [error for error in found if error is not None]
+        return sum(errors) / len(errors) if errors else None
+
     def to_dict(self) -> dict[str, Any]:
         """Totals and rows as plain JSON values."""
         return {
@@ -160,6 +167,7 @@ class Report:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "mean_error": self.mean_error,
+            "mean_quantization_error": self.mean_quantization_error,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -214,6 +222,8 @@ class Report:
             text += f", {before:.2f} → {after:.2f} MiB"
         if self.mean_error is not None:
             text += f", mean relative error {self.mean_error:.3f}"
+        if self.mean_quantization_error is not None:
+            text += f", quantisation adds {self.mean_quantization_error:.3f}"
         return text
 
     def warn_if_ruined(self, threshold: float) -> None:

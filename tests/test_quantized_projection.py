@@ -175,6 +175,9 @@ def test_options_by_layer():
     sketch = model[0].sketch.numel()
     assert report["0"].bytes_after == 96 * 32 + 4 * 96 * 2 + 4 * 96 + 4 * sketch
     assert "+ 0.0" in str(report)
+    errors = [layer.quantization_error for layer in report]
+    assert report.mean_quantization_error == pytest.approx(sum(errors) / 2)
+    assert f"quantisation adds {report.mean_quantization_error:.3f}" in report.summary()
     assert "int8_dynamic" in str(report)
     plain = ss1_compile.compress(
         net(), reduction=2, overrides={"2": {"quantization": None}}, progress=False, warn_error=2

@@ -75,6 +75,7 @@ def test_json(report):
         "bytes_before": 13 * 2**20,
         "bytes_after": 4 * 2**20,
         "mean_error": 0.5,
+        "mean_quantization_error": None,
     }
     assert values["layers"][0] == {
         "name": "a.up",
