@@ -39,6 +39,7 @@ from ss1_compile.projection import Projection
 from ss1_compile.quantized_projection import QuantizedProjection
 from ss1_compile.report import Report
 from ss1_compile.settled import is_settled
+from ss1_compile.statistics import statistics_of
 
 log = logging.getLogger(__name__)
 
@@ -252,10 +253,11 @@ class _Compilation:
             )
             self.decisions.leave(site, name, reason)
             return
-        structure = self.decisions.structure(site, name)
+        weight = self.inputs[self.index[site.weight.root]]
+        calibrated = weight.dim() == 2 and statistics_of(weight) is not None
+        structure = self.decisions.structure(site, name, calibrated)
         if structure is None:
             return
-        weight = self.inputs[self.index[site.weight.root]]
         if torch.is_grad_enabled() and weight.requires_grad and not self.options.dry_run:
             raise TrainingError(
                 f"{name} requires gradients: backend='ss1' computes with a projection of it, so it "

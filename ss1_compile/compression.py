@@ -78,7 +78,7 @@ def compress(
     if isinstance(calibration, Statistics):
         calibration.bind(model)
     with stand_ins(model) as inside:
-        layers = find_layers(model, config, structures or {})
+        layers = find_layers(model, config, structures or {}, calibrated=calibration is not None)
         chosen = [layer for layer in layers if layer.structure is not None]
         for layer in layers:
             if config.strict and layer.reason is not None and not layer.by_choice:

@@ -73,8 +73,9 @@ class SS1Config:
         projection: how a dense weight becomes z. ``"average"`` is the signed mean of the tied
             weights, ``"calibrated"`` minimises the output error on calibration inputs,
             ``"learned"`` does so over z and the blocks of a learned sketch (c = 1 stays a rotation,
-            which loses nothing); ``None`` means calibrated where input statistics exist and average
-            elsewhere.
+            which loses nothing). ``None`` means learned where input statistics exist (calibrated if
+            ``num_hashes``, ``block_k``, ``hash_family`` or ``signed`` asks for a certain rotation,
+            and for experts) and average elsewhere.
         damping: ridge of the calibrated and learned projections, relative to the mean of
             ``diag(H)``; ``"auto"`` chooses it per layer by the error on held-out batches.
         asymmetry: of sequential calibration: 1 fits every layer towards the dense model's outputs,
@@ -295,12 +296,32 @@ class SS1Config:
             options["quantization"], options["quantization_group_size"], options["rounding"]
         )
 
-    def structure_for(self, name: str, in_features: int, out_features: int) -> Structure | str:
-        """The structure of the layer called ``name``, or the reason why it stays dense."""
+    def is_learned(self, calibrated: bool) -> bool:
+        """Whether layers get a learned sketch, given whether statistics of their inputs exist.
+
+        Left open (``projection=None``) they do if there are statistics, and if no option asks for a
+        certain rotation.
+        """
+        if self.projection is not None:
+            return self.projection == "learned"
+        rotation = (self.num_hashes, self.block_k, self.hash_family, self.signed)
+        return calibrated and rotation == (None, None, "independent", True)
+
+    def structure_for(
+        self, name: str, in_features: int, out_features: int, *, calibrated: bool = False
+    ) -> Structure | str:
+        """The structure of the layer called ``name``, or the reason why it stays dense.
+
+        Args:
+            name: qualified name of the module.
+            in_features: K.
+            out_features: N.
+            calibrated: whether there are statistics of its inputs (:meth:`is_learned`).
+        """
         reduction = self.reduction_for(name, in_features, out_features)
         if isinstance(reduction, str):
             return reduction
-        if self.projection == "learned" and reduction > 1:
+        if self.is_learned(calibrated) and reduction > 1:
             try:
                 return LearnedStructure.create(
                     in_features,

@@ -40,14 +40,18 @@ class Decisions:
     structures: Mapping[str, Structure] = field(default_factory=dict)
     report: Report = field(default_factory=Report)
 
-    def structure(self, site: Site, name: str) -> Structure | None:
+    def structure(self, site: Site, name: str, calibrated: bool) -> Structure | None:
         """The structure of a site; ``None`` (and a row) if the configuration leaves it dense.
+
+        ``calibrated`` says that there are statistics of its inputs.
 
         Raises:
             ConfigError: the structure given for ``name`` does not fit the weight.
         """
         n, k = site.shape
-        structure = self.structures.get(name) or self.config.structure_for(name, k, n)
+        structure = self.structures.get(name) or self.config.structure_for(
+            name, k, n, calibrated=calibrated
+        )
         if isinstance(structure, str):
             self._row(site, name, reason=structure)
             return None

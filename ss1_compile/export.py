@@ -204,11 +204,13 @@ class _Rewriting:
         return not isinstance(self.config.reduction_for(name, k, n), str)
 
     def _consider(self, site: Site, name: str) -> None:
-        structure = self.decisions.structure(site, name)
+        stored = self.tensors[self.names[site.weight.root]]
+        statistics = self._statistics(stored)
+        known = statistics is not None and stored.dim() == 2
+        structure = self.decisions.structure(site, name, known)
         if structure is None:
             return
         weight = self._tensor(site.weight.root, name)
-        statistics = self._statistics(weight)
         calibrated = self.config.projection == "calibrated"
         if calibrated and statistics is None and self.calibration is not None:
             self.decisions.leave(site, name, "the calibration data never reached it")

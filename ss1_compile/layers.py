@@ -15,6 +15,7 @@ from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
 from ss1_compile.learned import Structure
 from ss1_compile.modules import SS1Linear
 from ss1_compile.report import LayerReport, tensor_bytes
+from ss1_compile.statistics import statistics_of
 
 
 @dataclass
@@ -79,7 +80,11 @@ class Layer:
 
 
 def find_layers(
-    model: nn.Module, config: SS1Config, structures: Mapping[str, Structure]
+    model: nn.Module,
+    config: SS1Config,
+    structures: Mapping[str, Structure],
+    *,
+    calibrated: bool = False,
 ) -> list[Layer]:
     """Every linear module of ``model``, once, with its structure or the reason why it stays dense.
 
@@ -87,6 +92,8 @@ def find_layers(
         model: any module.
         config: says what to compress.
         structures: qualified name → structure, for layers that do not follow ``config``.
+        calibrated: whether there will be statistics of the inputs; those that are bound to weights
+            already count anyway.
 
     Raises:
         ConfigError: ``structures`` does not fit the model, or the model is itself a linear module.
@@ -123,7 +130,9 @@ def find_layers(
         n, k = layer.shape
         structure: Structure | str
         given = next((structures[name] for name in layer.names if name in structures), None)
-        structure = given or config.structure_for(layer.name, k, n)
+        known = calibrated or statistics_of(layer.weight) is not None
+        known &= not isinstance(layer.module, ExpertLinear)
+        structure = given or config.structure_for(layer.name, k, n, calibrated=known)
         if isinstance(structure, str):
             layer.reason, layer.by_choice = structure, True
         elif (structure.out_features, structure.in_features) != (n, k):

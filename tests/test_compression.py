@@ -280,13 +280,32 @@ def test_statistics_are_collected_once_and_used_by_every_door():
     statistics = ss1_compile.calibrate(model, batches(), progress=False)
     with torch.no_grad():
         torch._dynamo.reset()
-        options = {"inner_backend": "eager", "warn_error": 2.0}
+        options = {"inner_backend": "eager", "warn_error": 2.0, "projection": "calibrated"}
         fast = torch.compile(model, backend="ss1", options=options)(x)
-        report = quiet(model)
+        report = quiet(model, projection="calibrated")
         assert {row.projection for row in report.compressed} == {"calibrated"}
         assert relative(fast, model(x)) < 1e-5
     other = make_model()
-    assert quiet(other, calibration=statistics)["0.up"].projection == "calibrated"
+    assert quiet(other, calibration=statistics)["0.up"].projection == "learned"
+
+
+def test_the_projection_left_open_is_learned_where_there_are_statistics():
+    def projections(**options):
+        return {row.projection for row in quiet(make_model(), **options).compressed}
+
+    assert projections() == {"average"}
+    assert projections(calibration=batches()) == {"learned"}
+    assert projections(calibration=batches(), sequential=True) == {"learned"}
+    for options in ({"block_k": 8}, {"num_hashes": 2}, {"signed": False}):
+        assert projections(calibration=batches(), **options) == {"calibrated"}
+    model, x = make_model(), torch.randn(5, D)
+    ss1_compile.calibrate(model, batches(), progress=False)
+    report = ss1_compile.Report()
+    with torch.no_grad():
+        torch._dynamo.reset()
+        options = {"inner_backend": "eager", "warn_error": 2.0, "report": report}
+        torch.compile(model, backend="ss1", options=options)(x)
+    assert {row.projection for row in report.compressed} == {"learned"}
 
 
 def test_a_layer_the_data_never_reach_stays_dense_if_calibration_is_asked_for():

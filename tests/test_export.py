@@ -191,11 +191,17 @@ def test_a_shared_bias_is_corrected_for_each_layer():
 
     model, data = Shared().eval(), torch.randn(300, D) + 1
     ss1_compile.calibrate(model, [data])
-    new, _ = ss1(exported(model, data))
+    new, _ = ss1(exported(model, data), projection="calibrated")
     a, b = copy.deepcopy(model), copy.deepcopy(model)
     statistics = ss1_compile.calibrate(model, [data])
     for part in (a, b):
-        compress(part, calibration=statistics, progress=False, warn_error=2.0)
+        compress(
+            part,
+            calibration=statistics,
+            projection="calibrated",
+            progress=False,
+            warn_error=2.0,
+        )
     assert_same(new.module()(data), a(data))
 
 

@@ -116,7 +116,14 @@ def test_frozen_weights_stay_frozen(x):
 def test_it_is_better_than_the_rotation_at_equal_parameters(x):
     learned, rotation = mlp(), mlp()
     ours = compress(learned, calibration=[x], progress=False, **(OPTIONS | {"reduction": 2}))
-    theirs = compress(rotation, calibration=[x], progress=False, reduction=2, warn_error=1.0)
+    theirs = compress(
+        rotation,
+        calibration=[x],
+        projection="calibrated",
+        progress=False,
+        reduction=2,
+        warn_error=1.0,
+    )
     assert ours.bytes_after <= theirs.bytes_after
     assert ours["0"].error < 0.9 * theirs["0"].error
 
