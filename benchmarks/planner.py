@@ -24,6 +24,7 @@ from torch import nn
 import ss1_compile
 from ss1_compile._demo_data import load_model, load_sentences, tokenize
 from ss1_compile._demo_measure import embed, rank_correlation
+from ss1_compile.planner_measure import stored_numbers
 
 NAME = "planner"
 FRACTIONS = (0.3, 0.5, 0.7)
@@ -51,8 +52,12 @@ def measure(seed: int) -> None:
         uniform = replace(config, reduction=1 / fraction)
         row = score(model, uniform, unseen, reference)
         rows.append({"seed": seed, "budget": fraction, "method": "uniform", **row})
-        planned = plan.solve(row["parameters"] / plan.dense_cost)
+        budget = row["parameters"]
+        planned = plan.solve(budget / plan.dense_cost)
         row = score(model, planned.config, unseen, reference)
+        if row["parameters"] > budget:  # layers that share a sketch share it with others now
+            planned = plan.solve(0.999 * budget**2 / row["parameters"] / plan.dense_cost)
+            row = score(model, planned.config, unseen, reference)
         kept = {layer.name: layer.reduction for layer in planned.layers}
         rows.append({"seed": seed, "budget": fraction, "method": "plan", **row, "reductions": kept})
         print(rows[-2:], flush=True)
@@ -87,10 +92,8 @@ def score(
         }
     )
     report = ss1_compile.compress(compressed, replace(config, warn_error=10.0), statistics)
-    stored = 0
-    for row in report:
-        module = compressed.get_submodule(row.name)
-        stored += sum(p.numel() for p in module.parameters() if p is not module.bias)
+    kept = [row for row in report if not row.compressed]
+    stored = stored_numbers(compressed) + sum(row.shape[0] * row.shape[1] for row in kept)
     embeddings = embed(compressed, unseen)
     return {
         "parameters": stored,

@@ -23,7 +23,9 @@ from ss1_compile.evaluation import Evaluation, Output
 from ss1_compile.layers import find_layers
 from ss1_compile.planner_measure import (
     Candidate,
+    CostOf,
     Measured,
+    Measurements,
     dense_weight,
     measure_choices,
     measure_sensitivity,
@@ -102,18 +104,15 @@ def plan(
         candidates, left = _candidates(work, config, fit, held, progress)
         if cost == "latency":
             rows = {c.name: max(1, round(c.fit.count / len(fit))) for c in candidates}
-            cost_of: Callable[[str, nn.Module], float] = planner_costs.Latency(rows)
+            cost_of: CostOf = planner_costs.Latency(rows)
         else:
             cost_of = planner_costs.parameters
         reference = min((c for c in choices if c != 1), key=lambda c: abs(c - _REFERENCE))
-        measured, compressed = measure_choices(
-            work, candidates, config, choices, reference, cost_of, progress
-        )
+        measured = measure_choices(work, candidates, config, choices, reference, cost_of, progress)
         own = None if metric is None else Evaluation(metric, model, held)
-        lost = measure_sensitivity(work, candidates, compressed, held, output, own, progress)
-        layers = tuple(
-            _layer(c, measured[c.name], lost.get(c.name, 0.0), reference) for c in candidates
-        )
+        alone = {name: module for name, (module, _) in measured.reference.items()}
+        lost = measure_sensitivity(work, candidates, alone, held, output, own, progress)
+        layers = tuple(_layer(c, measured, lost.get(c.name, 0.0)) for c in candidates)
         unsolved = Plan(layers, config, cost, str(target), left)
         if wanted.kind == "budget":
             solved = unsolved.solve(target)
@@ -209,17 +208,26 @@ def _candidates(
     return candidates, left
 
 
-def _layer(
-    candidate: Candidate, measured: Sequence[Measured], lost: float, reference: float
-) -> PlannedLayer:
+def _layer(candidate: Candidate, measured: Measurements, lost: float) -> PlannedLayer:
     """Its choices, each loss ``sensitivity · error²``."""
-    at_reference = next((m.error for m in measured if m.reduction == reference), 0.0)
-    sensitivity = lost / at_reference**2 if at_reference > 0 else 0.0
-    choices = tuple(
-        LayerChoice(m.reduction, m.error, sensitivity * m.error**2, m.cost) for m in measured
+    name = candidate.name
+    _, error = measured.reference.get(name, (None, 0.0))
+    sensitivity = lost / error**2 if error > 0 else 0.0
+
+    def priced(found: Sequence[Measured]) -> tuple[LayerChoice, ...]:
+        return tuple(
+            LayerChoice(m.reduction, m.error, sensitivity * m.error**2, m.cost) for m in found
+        )
+
+    rows, columns = dense_weight(candidate.module).shape[-2:]
+    return PlannedLayer(
+        name,
+        (int(rows), int(columns)),
+        priced(measured.apart[name]),
+        sensitivity=sensitivity,
+        group=measured.groups.get(name),
+        shared=priced(measured.shared[name]),
     )
-    shape = dense_weight(candidate.module).shape[-2:]
-    return PlannedLayer(candidate.name, (shape[0], shape[1]), choices, 1, sensitivity)
 
 
 def _search(plan: Plan, target: Target, model: nn.Module, evaluation: Evaluation) -> Plan:
@@ -231,8 +239,7 @@ def _search(plan: Plan, target: Target, model: nn.Module, evaluation: Evaluation
             f"the dense model itself has {evaluation.name} {dense:.4g}, which is no "
             f"{plan.target}; ask for less"
         )
-    cheapest = [min(choice.cost for choice in layer.choices) for layer in plan.layers]
-    low, high = sum(cheapest) / plan.dense_cost, 1.0
+    low, high = plan.least_cost / plan.dense_cost, 1.0
     best: Plan | None = None
     for step in range(_STEPS + 1):
         fraction = low if step == 0 else (low + high) / 2

@@ -18,11 +18,14 @@ _SECONDS = 0.05  # of timing per distinct layer, after one call to warm up
 _MOST_CALLS = 50
 
 
-def parameters(name: str, module: nn.Module) -> float:
-    """Numbers that take the place of W: z, and learned blocks. The bias is left out."""
-    held: list[Tensor] = [p for p in module.parameters() if p is not module.bias]
-    held += [b for b in module.buffers() if b.is_floating_point()]
-    return float(sum(tensor.numel() for tensor in held))
+def parameters(name: str, module: nn.Module, part: float = 1.0) -> float:
+    """Numbers that take the place of W: z, and ``part`` of a learned sketch. No bias."""
+    sketch = getattr(module, "sketch", None)
+    own = [p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()]
+    total = sum(t.numel() for t in own if t is not module.bias and t is not sketch)
+    if isinstance(sketch, Tensor) and sketch.is_floating_point():
+        return total + part * sketch.numel()
+    return float(total)
 
 
 class Latency:
@@ -40,8 +43,8 @@ class Latency:
         self._rows = rows
         self._known: dict[Any, float] = {}
 
-    def __call__(self, name: str, module: nn.Module) -> float:
-        """Microseconds of one call."""
+    def __call__(self, name: str, module: nn.Module, part: float = 1.0) -> float:
+        """Microseconds of one call, its sketch included, whoever shares it."""
         rows = self._rows[name]
         sizes = [(tuple(t.shape), t.dtype) for t in (*module.parameters(), *module.buffers())]
         key = (type(module), rows, str(dense_device(module)), tuple(sizes))

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from ss1_compile.compression import compress
 from ss1_compile.config import SS1Config
 from ss1_compile.evaluation import Output, divergence, outputs
-from ss1_compile.experts import ExpertLinear
-from ss1_compile.modules import put_layer
+from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
+from ss1_compile.modules import SS1Linear, put_layer
 from ss1_compile.observer import Quietly
 from ss1_compile.statistics import InputStatistics
 
-CostOf = Callable[[str, nn.Module], float]
-"""``cost_of(name, module)`` of a dense or compressed layer."""
+CostOf = Callable[[str, nn.Module, float], float]
+"""``cost_of(name, module, part)`` of a dense or compressed layer; ``part`` of its learned sketch is
+its own, the rest that of the layers that it shares it with."""
 
 
 @dataclass
@@ -131,6 +132,41 @@ def compressed_copy(
     return copied
 
 
+def sketch_parts(model: nn.Module) -> dict[int, float]:
+    """``id(layer)`` → its part of the learned sketch that it shares with others, by its rows."""
+    rows: dict[int, int] = {}
+    layers = [m for m in model.modules() if isinstance(m, SS1Linear)]
+    for layer in layers:
+        key = id(layer.sketch)
+        rows[key] = rows.get(key, 0) + layer.out_features
+    return {id(layer): layer.out_features / rows[id(layer.sketch)] for layer in layers}
+
+
+def stored_numbers(model: nn.Module) -> int:
+    """Numbers of the weights of all SS1 layers: z, and learned sketches once each."""
+    layers = [m for m in model.modules() if isinstance(m, SS1Linear | SS1ExpertLinear)]
+    held: dict[int, Tensor] = {id(layer.z): layer.z for layer in layers}
+    held |= {id(m.sketch): m.sketch for m in layers if m.sketch.is_floating_point()}
+    return sum(tensor.numel() for tensor in held.values())
+
+
+@dataclass
+class Measurements:
+    """What :func:`measure_choices` found, by name of the layer.
+
+    Attributes:
+        apart: the choices, each layer with a sketch of its own; the first is dense.
+        shared: the choices where all layers of a group have the same c and share a sketch.
+        groups: name → number of the group of layers that can.
+        reference: at the reference reduction, the compressed layer and its error.
+    """
+
+    apart: dict[str, list[Measured]]
+    shared: dict[str, list[Measured]]
+    groups: dict[str, int]
+    reference: dict[str, tuple[nn.Module, float]]
+
+
 def measure_choices(
     model: nn.Module,
     candidates: Sequence[Candidate],
@@ -139,30 +175,54 @@ def measure_choices(
     reference: float,
     cost_of: CostOf,
     progress: bool,
-) -> tuple[dict[str, list[Measured]], dict[str, nn.Module]]:
+) -> Measurements:
     """Every choice of every layer, and the layers as compressed at ``reference``.
 
     Choices that a layer cannot have (no room in the structure) or that cost no less than leaving it
-    dense are left out. The first choice is dense.
+    dense are left out.
     """
     names = [candidate.name for candidate in candidates]
-    measured = {c.name: [Measured(1, 0.0, cost_of(c.name, c.module))] for c in candidates}
-    kept: dict[str, nn.Module] = {}
-    steps = [c for c in sorted(choices) if c != 1]
-    for reduction in _track(steps, "measuring reductions", progress):
+    dense = {c.name: Measured(1, 0.0, cost_of(c.name, c.module, 1.0)) for c in candidates}
+    found = Measurements({name: [dense[name]] for name in names}, {n: [] for n in names}, {}, {})
+    for reduction in _track([c for c in choices if c != 1], "measuring reductions", progress):
         copied = compressed_copy(model, names, config, reduction)
+        parts = sketch_parts(copied)
+        sharers: dict[str, nn.Module] = {}
         for candidate in candidates:
-            module = copied.get_submodule(candidate.name)
+            name, module = candidate.name, copied.get_submodule(candidate.name)
             if type(module) is type(candidate.module):
                 continue
-            cost = cost_of(candidate.name, module)
-            if cost >= measured[candidate.name][0].cost:
-                continue
+            part = parts.get(id(module), 1.0)
             error = held_out_error(candidate.module, module, candidate.held_out)
-            measured[candidate.name].append(Measured(reduction, error, cost))
-            if reduction == reference:
-                kept[candidate.name] = module
-    return measured, kept
+            made = Measured(reduction, error, cost_of(name, module, part))
+            if part < 1:
+                sharers[name] = module
+            if made.cost < dense[name].cost:
+                (found.shared if part < 1 else found.apart)[name].append(made)
+                if reduction == reference:
+                    found.reference[name] = module, error
+        found.groups |= _numbered(sharers)
+        if not sharers:
+            continue
+        alone = replace(config, share_sketches=False)
+        copied = compressed_copy(model, list(sharers), alone, reduction)
+        for candidate in candidates:
+            if candidate.name in sharers:
+                module = copied.get_submodule(candidate.name)
+                error = held_out_error(candidate.module, module, candidate.held_out)
+                made = Measured(reduction, error, cost_of(candidate.name, module, 1.0))
+                if made.cost < dense[candidate.name].cost:
+                    found.apart[candidate.name].append(made)
+    return found
+
+
+def _numbered(sharers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Name → number of the sketch, in the order of the layers."""
+    numbers: dict[int, int] = {}
+    return {
+        name: numbers.setdefault(id(module.sketch), len(numbers))
+        for name, module in sharers.items()
+    }
 
 
 def measure_sensitivity(

@@ -13,66 +13,15 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ss1_compile import knapsack
+from ss1_compile import knapsack, planner_groups
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import ConfigError
+from ss1_compile.planned_layers import LayerChoice, PlannedLayer
 from ss1_compile.planner_target import Cost, Target
 from ss1_compile.report import render
 
 _FORMAT = "ss1-plan"
 _VERSION = 1
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """One way to treat a layer.
-
-    Attributes:
-        reduction: c; 1 leaves the layer dense.
-        error: relative output error on held-out inputs, ``sqrt(E‖Δy‖² / E‖y - E[y]‖²)`` (not
-            centred without a bias).
-        loss: what it is predicted to add to the model's loss; additive over layers.
-        cost: parameters, or microseconds.
-    """
-
-    reduction: float
-    error: float
-    loss: float
-    cost: float
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """A layer with its choices and the one that was made.
-
-    Attributes:
-        name: qualified name.
-        shape: ``(N, K)``.
-        choices: from dense to the largest reduction.
-        reduction: of the chosen one; 1 is dense.
-        sensitivity: measured: what the model loses per squared relative output error of the layer.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    choices: tuple[LayerChoice, ...]
-    reduction: float = 1
-    sensitivity: float = 1.0
-
-    def __post_init__(self) -> None:
-        known = [choice.reduction for choice in self.choices]
-        if self.reduction not in known:
-            raise ConfigError(f"{self.name}: reduction {self.reduction!r} is not one of {known}")
-
-    @property
-    def chosen(self) -> LayerChoice:
-        """The choice that was made."""
-        return next(c for c in self.choices if c.reduction == self.reduction)
-
-    @property
-    def dense_cost(self) -> float:
-        """The cost of leaving it dense."""
-        return self.choices[0].cost
 
 
 @dataclass(frozen=True)
@@ -129,6 +78,12 @@ class Plan:
         return math.fsum(layer.chosen.cost for layer in self.layers)
 
     @property
+    def least_cost(self) -> float:
+        """The smallest budget that can be met."""
+        units = planner_groups.units(self.layers)
+        return math.fsum(min(option.cost for option in unit) for unit in units)
+
+    @property
     def fraction(self) -> float:
         """``planned_cost / dense_cost``."""
         return self.planned_cost / self.dense_cost
@@ -152,16 +107,24 @@ class Plan:
             raise ConfigError(
                 f"a plan of {self.cost} is solved for a budget of {self.cost}; got {target!r}"
             )
+        units = planner_groups.units(self.layers)
         picked = knapsack.choose(
-            [[choice.loss for choice in layer.choices] for layer in self.layers],
-            [[choice.cost for choice in layer.choices] for layer in self.layers],
+            [[option.loss for option in unit] for unit in units],
+            [[option.cost for option in unit] for unit in units],
             parsed.budget(self.dense_cost),
         )
+        chosen: dict[str, float] = {}
+        for unit, i in zip(units, picked, strict=True):
+            chosen |= unit[i].reductions
+        return self._with(chosen, str(target))
+
+    def _with(self, reductions: Mapping[str, float], target: str) -> Plan:
         layers = (
-            replace(layer, reduction=layer.choices[i].reduction)
-            for layer, i in zip(self.layers, picked, strict=True)
+            replace(layer, reduction=reductions.get(layer.name, layer.reduction))
+            for layer in self.layers
         )
-        return replace(self, layers=tuple(layers), target=str(target), figures=())
+        settled = planner_groups.settle(tuple(layers))
+        return replace(self, layers=settled, target=target, figures=())
 
     def with_choice(self, name: str, reduction: float) -> Plan:
         """The plan with one layer's choice changed by hand.
@@ -170,9 +133,8 @@ class Plan:
             KeyError: the layer is not planned.
             ConfigError: the reduction is none of its choices.
         """
-        changed = replace(self[name], reduction=reduction)
-        layers = tuple(changed if layer.name == name else layer for layer in self.layers)
-        return replace(self, layers=layers, figures=())
+        replace(self[name], reduction=reduction)  # raises what this should
+        return self._with({name: reduction}, self.target)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`from_dict` inverts it. Layers' ``reduction`` may be edited."""
@@ -205,7 +167,7 @@ class Plan:
         if cost not in ("parameters", "latency"):
             raise ConfigError(f"the plan's cost must be 'parameters' or 'latency', got {cost!r}")
         try:
-            layers = tuple(_layer(entry) for entry in values["layers"])
+            layers = planner_groups.settle(tuple(_layer(entry) for entry in values["layers"]))
             return cls(
                 layers=layers,
                 base=SS1Config.from_dict(values["base"]),
@@ -272,20 +234,21 @@ class Plan:
 
 
 def _layer(entry: Mapping[str, Any]) -> PlannedLayer:
-    choices = tuple(LayerChoice(**choice) for choice in entry["choices"])
-    numbers = [getattr(choice, f.name) for choice in choices for f in fields(LayerChoice)]
     name = str(entry["name"])
+    known = {f.name for f in fields(PlannedLayer)}
+    if set(entry) != known:
+        raise ConfigError(f"{name}: a layer of a plan has exactly the fields {sorted(known)}")
+    choices, shared = (
+        tuple(LayerChoice(**choice) for choice in entry[key]) for key in ("choices", "shared")
+    )
+    numbers = [getattr(c, f.name) for c in (*choices, *shared) for f in fields(LayerChoice)]
     if not choices or choices[0].reduction != 1:
         raise ConfigError(f"{name}: the first choice of a layer is dense, reduction 1")
     if not all(isinstance(x, int | float) and 0 <= x < math.inf for x in numbers):
         raise ConfigError(f"{name}: a choice has a value that is no number of at least 0")
     rows, columns = (int(size) for size in entry["shape"])
-    known = {f.name for f in fields(PlannedLayer)}
-    if set(entry) != known:
-        raise ConfigError(f"{name}: a layer of a plan has exactly the fields {sorted(known)}")
-    return PlannedLayer(
-        name, (rows, columns), choices, entry["reduction"], float(entry["sensitivity"])
-    )
+    values = {**entry, "shape": (rows, columns), "choices": choices, "shared": shared}
+    return PlannedLayer(**values)
 
 
 def _amount(cost: float, kind: Cost) -> str:

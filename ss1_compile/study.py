@@ -20,7 +20,7 @@ from ss1_compile.errors import ConfigError
 from ss1_compile.evaluation import METRICS, Evaluation, Output
 from ss1_compile.observer import run_batch
 from ss1_compile.planner import plan
-from ss1_compile.planner_measure import shadow
+from ss1_compile.planner_measure import shadow, stored_numbers
 from ss1_compile.report import Report
 from ss1_compile.statistics import calibrate
 
@@ -172,7 +172,7 @@ def study(
         copied = shadow(model)
         report = compress(copied, chosen, progress=False)
         if method == "learned":
-            uniform[c] = float(_weights(copied, report))
+            uniform[c] = float(stored_numbers(copied))
         made.append((method, c, copied, report))
     times = time_models({str(i): entry[2] for i, entry in enumerate(made)}, unseen, rounds=rounds)
     linear = next(report.bytes_before for *_, report in made if report is not None)
@@ -239,17 +239,6 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _weights(model: nn.Module, report: Report) -> int:
-    """Numbers that the weights of the reported layers take, biases left out."""
-    total = 0
-    for row in report:
-        if row.compressed:
-            module = model.get_submodule(row.name)
-            held = [p for p in module.parameters() if p is not module.bias]
-            total += sum(p.numel() for p in held)
-    return total
 
 
 def _bytes(model: nn.Module) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 
 import ss1_compile
 from ss1_compile.errors import CalibrationError, ConfigError, NothingToCompressError
-from ss1_compile.planner_measure import compressed_copy, shadow
+from ss1_compile.planner_measure import compressed_copy, shadow, stored_numbers
 from ss1_compile.planner_target import Target
 from ss1_compile.plans import Plan
 from ss1_compile.statistics import statistics_of
@@ -27,8 +27,9 @@ class Uneven(nn.Module):
         self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mixed = self.attention(x, x, x, need_weights=False)[0]
-        return self.first(x).tanh() + self.weight * self.second(x).tanh() + 0.3 * mixed
+        turned, rolled = x.flip(-1), x.roll(1, -1)  # other tensors: no sketch in common
+        mixed = self.attention(turned, turned, turned, need_weights=False)[0]
+        return self.first(x).tanh() + self.weight * self.second(rolled).tanh() + 0.3 * mixed
 
 
 QUIET = ss1_compile.SS1Config(projection="learned", warn_error=10.0)
@@ -53,7 +54,7 @@ def planned():
     ss1_compile.calibrate(model, batches[:1], progress=False)
     bound = statistics_of(model.first.weight)
     plan = ss1_compile.plan(
-        model, batches[:4], "50%", held_out=batches[4:], choices=(1, 2, 4, 8), config=QUIET,
+        model, batches[:4], "50%", held_out=batches[4:], choices=(1, 1.5, 2, 4, 8), config=QUIET,
         progress=False,
     )  # fmt: skip
     # planning leaves the model alone, and the statistics that it had
@@ -85,9 +86,11 @@ def test_errors_are_those_of_the_outputs_on_held_out_batches(planned):
     work = copy.deepcopy(model)
     ss1_compile.calibrate(work, batches[:4], progress=False)
     for c in (2, 4):
-        made = compressed_copy(work, ["first", "second"], plan.base, c)
+        alone = replace(plan.base, share_sketches=False)
+        made = compressed_copy(work, ["first", "second"], alone, c)
         for name in ("first", "second"):
             x = torch.cat(batches[4:]).flatten(0, 1).double()
+            x = x.roll(1, -1) if name == "second" else x
             y = copy.deepcopy(model).double().get_submodule(name)(x)
             z = made.get_submodule(name)
             lost = y - (x @ z.weight.double().t() + z.bias.double())
@@ -134,7 +137,7 @@ def test_a_plan_solves_other_budgets_and_survives_json(planned, tmp_path):
     changed = Plan.load(tmp_path / "plan.json")
     assert changed == plan.with_choice(plan.layers[0].name, 8)
     assert changed.config.overrides[plan.layers[0].name] == 8
-    with pytest.raises(ConfigError, match=rf"{plan.layers[0].name}.*\[1, 2, 4, 8\]"):
+    with pytest.raises(ConfigError, match=rf"{plan.layers[0].name}.*\[1, 1\.5, 2, 4, 8\]"):
         plan.with_choice(plan.layers[0].name, 5)
 
 
@@ -273,7 +276,7 @@ def test_targets():
     assert change.met_by(10.31, 10) is False
     assert Target.parse("cosine ≥ 0.98").met_by(0.981, 1)
     assert Target.parse("metric >= -1%").met_by(0.99, 1)
-    for bad in ("", "half", "0%", "120%", 0, 2.0, True, None, "cosine <= 0.9", "accuracy >= 1",
+    for bad in ("", "rolled", "0%", "120%", 0, 2.0, True, None, "cosine <= 0.9", "accuracy >= 1",
                 "latency >= 3 ms", "latency <= 3", "parameters <= 3 ms", "3M", "cosine >= 3 ms",
                 "latency <= 0 ms"):  # fmt: skip
         with pytest.raises(ConfigError):
@@ -288,3 +291,37 @@ def test_a_shadow_shares_the_tensors_and_nothing_else():
     assert copied[1].running_mean is model[1].running_mean
     copied[0] = nn.Identity()
     assert type(model[0]) is nn.Linear
+
+
+def test_costs_count_a_shared_sketch_once():
+    torch.manual_seed(0)
+
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 128), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)[..., :64] + self.c(x)
+
+    model = Three()
+    batches = [batch.flatten(0, 1) for batch in batches_of(4)]
+    plan = ss1_compile.plan(model, batches, "50%", choices=(1, 4), config=QUIET, progress=False)
+    assert [layer.group for layer in plan.layers] == [0, 0, 0]
+    costs = [layer.shared[0].cost for layer in plan.layers]
+    assert costs[1] == pytest.approx(2 * costs[0])
+    ss1_compile.calibrate(model, batches[:3], progress=False)
+    made = compressed_copy(model, ["a", "b", "c"], QUIET, 4)
+    assert made.a.sketch is made.b.sketch
+    assert stored_numbers(made) == pytest.approx(sum(costs))
+    assert stored_numbers(made) == sum(m.z.numel() for m in (made.a, made.b, made.c)) + (
+        made.a.sketch.numel()
+    )
+    for layer in plan.layers:  # more room for z, hence less error
+        assert layer.shared[0].error < layer.choices[1].error
+    together = plan.with_choice("a", 4).with_choice("b", 4).with_choice("c", 4)
+    assert all(layer.sharing for layer in together.layers)
+    assert together.planned_cost == pytest.approx(sum(costs))
+    mixed = together.with_choice("c", 1)
+    assert not any(layer.sharing for layer in mixed.layers)
+    assert Plan.from_dict(mixed.to_dict()) == mixed
