@@ -6,6 +6,8 @@
 * :func:`plan` chooses the reduction of every layer for a budget or a quality;
 * :func:`heal` distils the dense model into the compressed one;
 * :func:`compare` shows, layer by layer, where the accuracy went;
+* :func:`quantize` quantises a compressed model; :func:`sensitivity` shows what that costs, layer by
+  layer, next to SS1;
 * :func:`save` and :func:`load` keep a compressed model in safetensors and JSON;
 * :func:`export_onnx` writes an ONNX file and checks it (:mod:`ss1_compile.onnx`).
 """
