@@ -38,6 +38,9 @@ BEGIN, END = "<!-- matrix: benchmarks/onnx_matrix.py -->", "<!-- end of matrix -
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxslim", "onnxsim", "openvino")
 NEEDS_KERNEL = "needs a kernel"
 
+BLOCK_K = {None: 8, "int8_dynamic": 32}
+"""B_K by quantisation: below and above the size up to which the sketch works on single features."""
+
 Array = np.ndarray[Any, Any]
 Pairs = Sequence[tuple[Array, Array]]
 
@@ -139,20 +142,22 @@ def measure(opsets: Sequence[int], tools: Sequence[str] = tuple(TOOLS)) -> list[
     """A row per opset, form and quantisation; a cell per tool: ``"ok"`` or what went wrong."""
     torch.manual_seed(0)
     register_schemas()
-    model = nn.Sequential(Block(), Block()).eval()
-    ss1_compile.compress(model, block_k=8, min_features=8, warn_error=10, progress=False)
-    axis = torch.export.Dim.DYNAMIC
     example = torch.randn(2, 5, 72)
-    program = torch.export.export(Wrapped(model), (example,), dynamic_shapes=({0: axis, 1: axis},))
+    programs = {quantization: _program(example, b) for quantization, b in BLOCK_K.items()}
     inputs = [example, torch.randn(3, 7, 72)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         for opset in opsets:
-            for quantization in (None, "int8_dynamic"):
+            for quantization, program in programs.items():
                 for form in ("function", "standard", "custom"):
                     export_onnx(
-                        program, (), path, form=form, opset=opset, quantization=quantization
+                        program,
+                        (),
+                        path,
+                        form=form,
+                        opset=opset,
+                        quantization=quantization,  # type: ignore[arg-type]
                     )
                     pairs = [(x.numpy(), _expected(program, x, quantization)) for x in inputs]
                     tolerance = 1e-5 if quantization is None else 1e-2
@@ -161,6 +166,13 @@ def measure(opsets: Sequence[int], tools: Sequence[str] = tuple(TOOLS)) -> list[
                     rows.append({**row, **cells})
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
+
+
+def _program(example: torch.Tensor, block_k: int) -> torch.export.ExportedProgram:
+    model = nn.Sequential(Block(), Block()).eval()
+    ss1_compile.compress(model, block_k=block_k, min_features=8, warn_error=10, progress=False)
+    axis = torch.export.Dim.DYNAMIC
+    return torch.export.export(Wrapped(model), (example,), dynamic_shapes=({0: axis, 1: axis},))
 
 
 class Wrapped(nn.Module):

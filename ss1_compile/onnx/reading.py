@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
 
-from ss1_compile.errors import CheckpointError, StructureError
+from ss1_compile.errors import CheckpointError, QuantizationError, StructureError
+from ss1_compile.learned import Structure, structure_of
 from ss1_compile.modules import SS1Linear, put_layer
 from ss1_compile.onnx.layers import (
     FORMAT_KEY,
@@ -25,16 +27,24 @@ from ss1_compile.onnx.runner import to_torch
 from ss1_compile.onnx.untrusted import read_model
 from ss1_compile.structure import SS1Structure
 
+_DYNAMIC = {"int8_weight_only": False, "int8_per_token": True}
+"""Whether layers in PyTorch quantise their activations, by the arithmetic that they share."""
 
-def from_onnx(path: str | os.PathLike[str], model: nn.Module | None = None) -> dict[str, SS1Linear]:
+
+def from_onnx(
+    path: str | os.PathLike[str], model: nn.Module | None = None, *, dequantize: bool = True
+) -> dict[str, SS1Linear]:
     """Read the SS1 layers of an ONNX file back into PyTorch.
 
     The file is not trusted: see :func:`ss1_compile.onnx.untrusted.read_model`; and every structure,
-    shape and value is validated before it can reach a kernel. Int8 z is dequantised, to float32.
+    shape and value is validated before it can reach a kernel.
 
     Args:
         path: a file of ``form="function"`` or ``"custom"``.
         model: if given, the layers take their places in it (by name; it may be the dense model).
+        dequantize: int8 z comes back as float32, to be trained. ``False`` keeps codes and scales in
+            quantised layers; those of ``…Int8Dynamic`` (activations per tensor) come back
+            dequantised all the same, since no layer in PyTorch has that arithmetic.
 
     Returns:
         The layers by the qualified names they had when they were exported, on the CPU, in eval
@@ -59,7 +69,7 @@ def from_onnx(path: str | os.PathLike[str], model: nn.Module | None = None) -> d
         if sources.setdefault(name, source) != source:
             raise CheckpointError(f"{path}: two different layers are called {name!r}")
         if name not in layers:
-            layers[name] = _layer(node, operator, name).eval()
+            layers[name] = _layer(node, operator, name, dequantize).eval()
     if not layers:
         raise CheckpointError(
             f"{path} has no SS1 layers; form='standard' keeps none: export as form='function'"
@@ -71,61 +81,66 @@ def from_onnx(path: str | os.PathLike[str], model: nn.Module | None = None) -> d
     return layers
 
 
-def _layer(node: ir.Node, operator: Operator, name: str) -> SS1Linear:
+def _layer(node: ir.Node, operator: Operator, name: str, dequantize: bool) -> SS1Linear:
     arrays = {
         which: to_torch(np.array(constant(node, operator, which).numpy()))
         for which in operator.operands
         if which != "X"
     }
-    in_features = in_features_of(node)
     sketch, z, bias = arrays["sketch"], arrays["Z"], arrays["B"]
     if z.dim() != 2 or 0 in z.shape:
         raise CheckpointError(f"{name}: Z has shape {list(z.shape)}, not [N, K_c]")
+    codes: dict[str, Any] = {}
     if operator.quantization is not None:
-        z = _dequantize(name, z, arrays["scale"])
-    out_features = z.shape[0]
-    for which, tensor in (("Z", z), ("B", bias), ("sketch", sketch)):
+        floating = _dequantize(name, z, arrays["scale"])
+        if dequantize or operator.quantization not in _DYNAMIC:
+            z = floating
+            sketch = sketch.float() if sketch.is_floating_point() else sketch
+        else:
+            codes = {
+                "scale": arrays["scale"],
+                "dynamic": _DYNAMIC[operator.quantization],
+                "dtype": bias.dtype,
+            }
+    for which, tensor in arrays.items():
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name}: {which} is not finite")
-    if bias.dim() == 0 and bias.item() == 0:
-        parameter = None
-    elif bias.shape == (out_features,):
-        parameter = nn.Parameter(bias.to(z.dtype))
-    else:
-        raise CheckpointError(f"{name}: B has shape {list(bias.shape)}, not [{out_features}]")
+    dtype = codes.get("dtype", z.dtype)
+    parameter = None
+    if bias.dim() != 0 or bias.item() != 0:
+        if bias.shape != z.shape[:1]:
+            raise CheckpointError(f"{name}: B has shape {list(bias.shape)}, not [{z.shape[0]}]")
+        parameter = nn.Parameter(bias.to(dtype))
     try:
-        if operator.kind == "rotation":
-            if sketch.dim() == 3:
-                check_block_k(node, operator, sketch.shape[1], z.shape[1])
-            return SS1Linear.from_tensors(
-                _rotation(in_features, z, sketch), nn.Parameter(z), parameter
-            )
-        return _learned(in_features, z, sketch, parameter)
-    except StructureError as error:
+        structure = _structure(node, operator, z, sketch, dtype)
+        return SS1Linear.from_tensors(
+            structure,
+            z if codes else nn.Parameter(z),
+            parameter,
+            None if operator.kind == "rotation" else sketch,
+            **codes,
+        )
+    except (StructureError, QuantizationError) as error:
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def _rotation(in_features: int, z: torch.Tensor, sketch: torch.Tensor) -> SS1Structure:
-    if sketch.dim() != 3 or 0 in sketch.shape or z.shape[1] % sketch.shape[1]:
+def _structure(
+    node: ir.Node, operator: Operator, z: torch.Tensor, sketch: torch.Tensor, dtype: torch.dtype
+) -> Structure:
+    """The layer's structure; learned blocks must have the dtype of its floating tensors."""
+    in_features, shape = in_features_of(node), list(sketch.shape)
+    if operator.kind == "rotation":
+        if len(shape) != 3 or 0 in shape or z.shape[1] % shape[1]:
+            raise StructureError(
+                f"a sketch of shape {shape} does not fit Z of shape {list(z.shape)}"
+            )
+        check_block_k(node, operator, shape[1], z.shape[1])
+        return SS1Structure.from_code(in_features, z.shape[0], z.shape[1] // shape[1], sketch)
+    if len(shape) != 4 or sketch.dtype != dtype:
         raise StructureError(
-            f"a sketch of shape {list(sketch.shape)} does not fit Z of shape {list(z.shape)}"
+            f"a learned sketch must be {dtype} [J, G, gsize, r], got {sketch.dtype} {shape}"
         )
-    block_k = z.shape[1] // sketch.shape[1]
-    return SS1Structure.from_code(in_features, z.shape[0], block_k, sketch)
-
-
-def _learned(
-    in_features: int, z: torch.Tensor, sketch: torch.Tensor, bias: nn.Parameter | None
-) -> SS1Linear:
-    from ss1_compile.learned import structure_of
-
-    if sketch.dim() != 4 or sketch.dtype != z.dtype:
-        raise StructureError(
-            f"a learned sketch must be {z.dtype} [J, G, gsize, r], got {sketch.dtype} "
-            f"{list(sketch.shape)}"
-        )
-    structure = structure_of(in_features, z.shape[0], None, sketch)
-    return SS1Linear.from_tensors(structure, nn.Parameter(z), bias, sketch)
+    return structure_of(in_features, z.shape[0], None, sketch)
 
 
 def _dequantize(name: str, z: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -284,3 +284,29 @@ def test_the_command(program, tmp_path):
     )
     assert run.exit_code == 2
     assert "CheckpointError" in run.output
+
+
+@pytest.mark.parametrize("quantization", ["int8_weight_only", "int8_dynamic"])
+def test_models_that_compress_quantised(quantization, tmp_path):
+    """``compress(…, quantization=…)``: codes and scales as they are in PyTorch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(72, 96), nn.GELU(), nn.Linear(96, 34, False)).eval()
+    ss1_compile.compress(
+        model, block_k=16, min_features=8, warn_error=10, progress=False, quantization=quantization
+    )
+    assert model[0].quantization == quantization
+    path = tmp_path / "m.onnx"
+    report = export_onnx(model, (X,), path, dynamic_shapes=AXES)
+    assert report.max_error < (1e-2 if "dynamic" in quantization else 1e-5)
+    suffix = "Int8PerToken" if "dynamic" in quantization else "Int8"
+    assert [layer.op for layer in report.layers] == [f"SS1Linear{suffix}"] * 2
+    assert report.linear_bytes < report.linear_bytes_dense / 7
+    layers = from_onnx(path)
+    for name, layer in layers.items():
+        original = model.get_submodule(name)
+        assert layer.structure == original.structure
+        assert torch.equal(layer.z, dequantize(original.z, original.scale, torch.float32))
+    expected = model(X)
+    from_onnx(path, model, dequantize=False)
+    assert model[0].quantization == quantization
+    assert torch.equal(model(X), expected)
