@@ -1,13 +1,14 @@
 """The CPU implementation of the quantised operators: C++ kernels, then plain PyTorch.
 
-Measured on a Xeon with AVX-512 and no VNNI (one thread, µs; 3072 × 192 and 4096 × 512; the matrix
-product alone): no library that PyTorch has computes these products. ``onednn::qlinear_pointwise``
-takes signed rows in its reference kernel (37 000 and 220 000 for *one* row) and unsigned ones with
-sums that saturate; ``torch._int_mm`` runs its reference kernel too (30 000 and 35 000 for 16 rows);
-FBGEMM's ``quantized::linear_dynamic`` has one scale for all rows of x and seven bits.
-``aten::_weight_int8pack_mm`` has no groups, and in float32 takes 1 300 and 4 500 for one row, where
-the float layer takes 500 and 1 300. Hence ``csrc/quantized.cpp``, which reads z as it lies: nothing
-is packed, and no copy of z outlives a tile.
+Measured on a Xeon with AVX-512 and no VNNI (one thread of a busy machine, least of many calls, µs;
+z of 3072 × 192 and 4096 × 512, the matrix product alone): no library that PyTorch has computes
+these products. ``onednn::qlinear_pointwise`` takes signed rows in its reference kernel (37 000 and
+220 000 for *one* row) and unsigned ones with sums that saturate; ``torch._int_mm`` runs a reference
+kernel too (30 000 and 35 000 for 16 rows); FBGEMM's ``quantized::linear_dynamic`` has one scale for
+all rows of x and seven bits. ``aten::_weight_int8pack_mm`` has no groups, and in float32 takes
+1 300 and 4 500 for one row, where the float layer takes 500 and 1 300. Hence
+``csrc/quantized.cpp``, which reads z as it lies: nothing is packed ahead, and no copy of z outlives
+a tile.
 """
 
 from __future__ import annotations
