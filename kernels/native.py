@@ -106,7 +106,7 @@ def _kernel(op: str, dtype: torch.dtype) -> Kernel | None:
     kernel.argtypes = [pointer, integer, pointer, pointer, *[integer] * 9]
     if op == "linear":
         strided = [pointer, integer]
-        kernel.argtypes = [*strided, pointer, *strided, pointer, pointer, *[integer] * 8]
+        kernel.argtypes = [*strided, pointer, pointer, *strided, pointer, pointer, *[integer] * 8]
     kernel.restype = None
     result: Kernel = kernel
     return result
@@ -161,12 +161,10 @@ def unsketch(g: Tensor, code: Tensor, in_features: int) -> Tensor:
     return out
 
 
-def _few_rows(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
+def _few_rows(kernel: Kernel, x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
     """:func:`linear` in one call, for operands whose last strides are 1."""
-    kernel = _kernel("linear", x.dtype)
-    assert kernel is not None  # there is one for every type that has a sketch
     rows, in_features = x.shape
-    hashes, groups, reduction = code.shape
+    hashes, groups, size = code.shape[:3]
     columns, reduced = z.shape
     y = x.new_empty(rows, columns)
     products = rows * columns * reduced
@@ -176,7 +174,8 @@ def _few_rows(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> Tensor
     kernel(
         x.data_ptr(),
         x.stride(0),
-        code.data_ptr(),
+        code.data_ptr() if is_rotation(code) else None,
+        None if is_rotation(code) else code.data_ptr(),
         z.data_ptr(),
         z.stride(0),
         None if bias is None else bias.data_ptr(),
@@ -186,7 +185,7 @@ def _few_rows(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> Tensor
         columns,
         hashes,
         groups,
-        reduction,
+        size,
         reduced // groups,
         threads,
     )
@@ -195,27 +194,26 @@ def _few_rows(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> Tensor
 
 def linear(x: Tensor, code: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
     """``y [..., N]`` of ``x [..., K]``: sketch a tile of rows, then one batched product of it."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = flat.shape[0]
+    packed = z.stride(1) == 1 and (bias is None or bias.stride(0) == 1)
+    if packed and 0 < rows <= _FEW_ROWS.get(x.itemsize, 0):
+        whole = _kernel("linear", x.dtype)
+        if whole is not None:
+            y = _few_rows(whole, _unit_last_stride(flat), code.contiguous(), z, bias)
+            return y if x.dim() == 2 else y.view(*x.shape[:-1], z.shape[0])
     kernel = _kernel("sketch", x.dtype) if is_rotation(code) else None
     if kernel is None:
         return portable.linear(x, code, z, bias)
-    flat = _unit_last_stride(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
-    code = code.contiguous()
-    rows, tile = flat.shape[0], _TILE_ROWS
-    if (
-        0 < rows <= _FEW_ROWS[x.itemsize]
-        and z.stride(1) == 1
-        and (bias is None or bias.stride(0) == 1)
-    ):
-        y = _few_rows(flat, code, z, bias)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], z.shape[0])
+    flat, code = _unit_last_stride(flat), code.contiguous()
     y = x.new_empty(rows, z.shape[0])
-    if rows <= tile:
+    if rows <= _TILE_ROWS:
         sketched = x.new_empty(code.shape[0], rows, z.shape[1])
         _run(kernel, flat, code, sketched)
         portable.grouped_matmul(sketched, z, bias, y)
     else:
-        buffer = x.new_empty(code.shape[0], tile, z.shape[1])
-        for x_tile, y_tile in zip(flat.split(tile), y.split(tile), strict=True):
+        buffer = x.new_empty(code.shape[0], _TILE_ROWS, z.shape[1])
+        for x_tile, y_tile in zip(flat.split(_TILE_ROWS), y.split(_TILE_ROWS), strict=True):
             sketched = buffer[:, : x_tile.shape[0]]
             _run(kernel, x_tile, code, sketched)
             portable.grouped_matmul(sketched, z, bias, y_tile)

@@ -75,25 +75,66 @@ void all_rows(const Product<T>& p, int64_t first, int64_t last) {
   }
 }
 
+// X̃[j, m, g·r : (g+1)·r] = x_g S[j, g] for blocks S [J, G, size, r], in the type that sums run in.
 template <typename T>
-void linear(const T* x, int64_t x_row, const int32_t* code, const T* z, int64_t z_row,
-            const T* bias, T* y, int64_t columns, const Sizes& s) {
-  const int64_t reduced = s.groups * s.block, count = s.hashes * s.rows * reduced;
-  Sizes alone = s;
-  alone.threads = 1;
-  std::vector<T> sketched(count);
-  combine<T>(x, {s.reduction, s.block, s.reduction * s.block, x_row}, code, sketched.data(),
-             {s.hashes, s.rows * reduced, s.block, reduced}, alone, false);
-  Product<T> p{nullptr, z,       z_row,   bias, y,
-               s.rows,  reduced, columns, (columns + s.hashes - 1) / s.hashes};
-  std::vector<Sum<T>> wide;
-  if constexpr (std::is_same_v<T, Sum<T>>) {
-    p.sketched = sketched.data();
-  } else {
-    wide.resize(count);
-    for (int64_t i = 0; i < count; ++i) wide[i] = widen(sketched[i]);
-    p.sketched = wide.data();
+void learned_sketch(const T* x, int64_t x_row, const T* blocks, const Sizes& s, Sum<T>* out) {
+  const int64_t size = s.reduction, rank = s.block, reduced = s.groups * rank;
+  for (int64_t j = 0; j < s.hashes; ++j) {
+    for (int64_t g = 0; g < s.groups; ++g) {
+      const int64_t inside = std::min(size, s.in_features - g * size);
+      const T* block = blocks + (j * s.groups + g) * size * rank;
+      for (int64_t m = 0; m < s.rows; ++m) {
+        const T* from = x + m * x_row + g * size;
+        Sum<T>* SS1_RESTRICT to = out + (j * s.rows + m) * reduced + g * rank;
+        std::fill(to, to + rank, Sum<T>(0));
+        for (int64_t k = 0; k < inside; ++k) {
+          const Sum<T> value = widen(from[k]);
+          const T* SS1_RESTRICT row = block + k * rank;
+#pragma omp simd
+          for (int64_t q = 0; q < rank; ++q) to[q] += value * widen(row[q]);
+        }
+      }
+    }
   }
+}
+
+// A sketch is rounded to x's type wherever it is stored, and here too.
+template <typename T>
+void rounded(std::vector<Sum<T>>& values) {
+  if constexpr (!std::is_same_v<T, Sum<T>>) {
+    for (Sum<T>& value : values) {
+      T narrowed;
+      narrow(value, narrowed);
+      value = widen(narrowed);
+    }
+  }
+}
+
+// `code` holds the rotations, or is null and `blocks` holds the learned sketch; then `reduction` is
+// a group's size and `block` its rank.
+template <typename T>
+void linear(const T* x, int64_t x_row, const int32_t* code, const T* blocks, const T* z,
+            int64_t z_row, const T* bias, T* y, int64_t columns, const Sizes& s) {
+  const int64_t reduced = s.groups * s.block, count = s.hashes * s.rows * reduced;
+  std::vector<Sum<T>> sketched(count);
+  if (code) {
+    Sizes alone = s;
+    alone.threads = 1;
+    const Layout source{s.reduction, s.block, s.reduction * s.block, x_row};
+    const Layout target{s.hashes, s.rows * reduced, s.block, reduced};
+    if constexpr (std::is_same_v<T, Sum<T>>) {
+      combine<T>(x, source, code, sketched.data(), target, alone, false);
+    } else {
+      std::vector<T> narrowed(count);
+      combine<T>(x, source, code, narrowed.data(), target, alone, false);
+      for (int64_t i = 0; i < count; ++i) sketched[i] = widen(narrowed[i]);
+    }
+  } else {
+    learned_sketch<T>(x, x_row, blocks, s, sketched.data());
+    rounded<T>(sketched);
+  }
+  const Product<T> p{sketched.data(), z,       z_row,   bias, y,
+                     s.rows,          reduced, columns, (columns + s.hashes - 1) / s.hashes};
   if (s.threads <= 1) {
     all_rows(p, 0, columns);
     return;
@@ -110,13 +151,13 @@ void linear(const T* x, int64_t x_row, const int32_t* code, const T* z, int64_t 
 // of all is contiguous, and the strides count elements.
 #define SS1_LINEAR(name, T)                                                                        \
   SS1_EXPORT void ss1_linear_##name(const void* x, int64_t x_row, const int32_t* code,             \
-                                    const void* z, int64_t z_row, const void* bias, void* y,       \
-                                    int64_t rows, int64_t in_features, int64_t columns,            \
-                                    int64_t hashes, int64_t groups, int64_t reduction,             \
-                                    int64_t block, int64_t threads) {                              \
-    linear<T>(static_cast<const T*>(x), x_row, code, static_cast<const T*>(z), z_row,              \
-              static_cast<const T*>(bias), static_cast<T*>(y), columns,                            \
-              {rows, in_features, hashes, groups, reduction, block, threads});                     \
+                                    const void* blocks, const void* z, int64_t z_row,              \
+                                    const void* bias, void* y, int64_t rows, int64_t in_features,  \
+                                    int64_t columns, int64_t hashes, int64_t groups,               \
+                                    int64_t reduction, int64_t block, int64_t threads) {           \
+    linear<T>(static_cast<const T*>(x), x_row, code, static_cast<const T*>(blocks),                \
+              static_cast<const T*>(z), z_row, static_cast<const T*>(bias), static_cast<T*>(y),    \
+              columns, {rows, in_features, hashes, groups, reduction, block, threads});            \
   }
 
 SS1_LINEAR(float32, float)

@@ -113,6 +113,28 @@ def test_linear(structure, rows, dtype, kind, seed, bias):
     torch.testing.assert_close(y, portable.linear(x, structure.code, z, b))
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 40), st.integers(1, 40)),
+    groups=st.integers(1, 3),
+    hashes=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(["contiguous", "rows", "columns"]),
+)
+def test_few_rows_of_a_learned_sketch(rows, sizes, groups, hashes, dtype, kind):
+    size, rank, columns = sizes
+    columns *= hashes  # no empty column block
+    features = max(1, groups * size - 3)  # the last group may be ragged
+    blocks = torch.randn(hashes, groups, size, rank, dtype=dtype) / size**0.5
+    x = inputs(rows, features, dtype, kind, 0)
+    z, bias = inputs(columns, groups * rank, dtype, kind, 1), torch.randn(columns).to(dtype)
+    y = native.linear(x, blocks, z, bias)
+    expected = portable.linear(x.double(), blocks.double(), z.double(), bias.double())
+    assert y.dtype == dtype
+    assert_close(y, expected, 4 * (groups * rank) ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("rows", "features", "columns"),
     [(native._TILE_ROWS, 80, 24), (2 * native._TILE_ROWS + 3, 80, 24), (7, 640, 1030)],
