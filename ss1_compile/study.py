@@ -184,7 +184,7 @@ def study(
             model_bytes=_bytes(one),
             quality=evaluation(one),
             latency_ms=times[str(i)]["median_ms"],
-            layers=() if report is None else tuple(asdict(row) for row in report),
+            layers=() if report is None else tuple(json.loads(report.to_json())["layers"]),
         )
         for i, (method, c, one, report) in enumerate(made)
     )
