@@ -84,6 +84,8 @@ def _check_tensor(file: Path, tensor: TensorProto) -> None:
     if any(d < 0 for d in tensor.dims):
         raise CheckpointError(f"{where} has a negative dimension: {list(tensor.dims)}")
     if tensor.data_type == TensorProto.STRING:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise CheckpointError(f"{where} holds strings, which cannot be external data")
         return
     count = math.prod(tensor.dims)
     itemsize = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
