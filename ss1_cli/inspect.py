@@ -12,7 +12,7 @@ from rich.table import Table
 from ss1_cli.common import one_line_errors
 
 if TYPE_CHECKING:
-    from ss1_compile.checkpoint import SavedLayer
+    from ss1_compile.saved_layer import SavedLayer
 
 
 def inspect(
@@ -36,10 +36,10 @@ def inspect(
             name,
             f"{layer.experts}×" * bool(layer.experts) + f"{layer.out_features}×{layer.in_features}",
             layer.kind,
-            f"{dense / compressed:.3g}" if layer.reduction is None else str(layer.reduction),
+            _reduction(layer),
             str(layer.num_hashes),
             f"{layer.features_per_group} → {layer.slots_per_group}",
-            layer.dtype,
+            layer.dtype + f", {layer.quantization}" * bool(layer.quantization),
             "yes" if layer.bias else "no",
             f"{dense / 1024:.0f} → {compressed / 1024:.0f}",
         )
@@ -56,15 +56,26 @@ def inspect(
         console.print(f"config: {saved.config.to_dict()}", highlight=False, markup=False)
 
 
+def _reduction(layer: SavedLayer) -> str:
+    """c; of a learned sketch, the numbers of the dense weight over those stored in its place."""
+    if layer.reduction is not None:
+        return str(layer.reduction)
+    slots = -(-layer.in_features // layer.features_per_group) * layer.slots_per_group
+    z = (layer.experts or 1) * layer.out_features
+    blocks = layer.num_hashes * layer.features_per_group
+    return f"{z * layer.in_features / (slots * (z + blocks)):.3g}"
+
+
 def _layer_bytes(layer: SavedLayer) -> tuple[int, int]:
-    """Bytes of the dense weight and bias, and of z, bias and sketch."""
+    """Bytes of the dense weight and bias, and of z, its scales, bias and sketch."""
     supergroups = -(-layer.in_features // layer.features_per_group)
     experts = layer.experts or 1
     element = {"float64": 8, "float32": 4}.get(layer.dtype, 2)
     bias = layer.out_features if layer.bias else 0
     dense = element * (experts * layer.out_features * layer.in_features + bias)
     slots = supergroups * layer.slots_per_group
-    stored = element * (experts * layer.out_features * slots + bias)
+    stored = layer.z_dtype.itemsize * experts * layer.out_features * slots + element * bias
+    stored += 4 * layer.out_features * (layer.quantization_groups or 0)
     if layer.reduction is None:
         sketch = element * layer.num_hashes * slots * layer.features_per_group
     else:

@@ -27,20 +27,17 @@ from ss1_compile.checkpoint import (
     CONFIG_FILE,
     FORMAT,
     TENSORS_FILE,
-    SavedLayer,
     SavedModel,
-    check_layer,
-    dtype_name,
     read_config,
     read_tensors,
     sha256_of,
-    show,
 )
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CheckpointError, StructureError
 from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
 from ss1_compile.learned import LearnedStructure, Structure
 from ss1_compile.modules import SS1Linear, put_layer
+from ss1_compile.saved_layer import SavedLayer, check_layer, dtype_name, show
 from ss1_compile.settled import settle
 from ss1_compile.stand_ins import stand_ins
 
