@@ -6,9 +6,9 @@ Writes ``benchmarks/results/onnx_cpu.json`` and the tables of ``docs/onnx.md``:
 
 The four kinds of file are dense float32, ONNX Runtime's own dynamic int8 of that
 (``quantize_dynamic``), SS1 float32 and SS1 ``int8_dynamic``. All files of a case take turns, call
-by call, so that whatever else the machine does falls on all alike; every figure is a median. The
-weights are random or averaged: they do not change the time. J = 1 is measured with ``B_K = 32``,
-for which the sketch is one product on single features.
+by call, and every figure is a median of CPU time, which is the wall time of one thread without the
+waiting for other processes. The weights are random or averaged: they do not change the time. J = 1
+is measured with ``B_K = 32``, for which the sketch is one product on single features.
 
 MiniLM is exported at opset 23, whose ``Attention`` is the faster spelling for the dense file, too.
 "Tuned" is the dense file after :func:`ss1_compile.onnx.surroundings.tune_for_cpu`, which
@@ -22,7 +22,9 @@ import itertools
 import json
 import os
 import platform
+import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -34,7 +36,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from cpu_layers import cpu_name, medians
+from cpu_layers import cpu_name
 from harness import read, write
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -75,6 +77,21 @@ def session(path: Path) -> ort.InferenceSession:
 def calls(sessions: Mapping[str, ort.InferenceSession], feeds: dict[str, Any]) -> dict[str, Call]:
     """A callable for each session."""
     return {name: lambda s=held: s.run(None, feeds) for name, held in sessions.items()}
+
+
+def medians(functions: Mapping[str, Call], budget: float) -> dict[str, float]:
+    """Median CPU seconds per call of each function, in turns, for about ``budget`` seconds."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+        function()
+    end = time.perf_counter() + budget
+    while time.perf_counter() < end or len(times[next(iter(times))]) < 7:
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            times[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def dense_layer(path: Path, k: int, n: int) -> None:

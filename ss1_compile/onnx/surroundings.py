@@ -57,7 +57,8 @@ def _guard_output(model: ir.Model, product: ir.Node) -> None:
     if axis not in (-1, rank - 1):
         return
     first = _column(model, weights)
-    first.outputs[0].dtype = None if weights is None else weights.dtype
+    if weights is not None and weights.type is not None:
+        first.outputs[0].type = weights.type
     bad = ir.node("IsNaN", [first.outputs[0]])
     raw = ir.node("MatMul", [weights, product.inputs[1]])
     kept = ir.node("Where", [bad.outputs[0], zero, raw.outputs[0]])
