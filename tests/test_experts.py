@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import ss1_compile
+from ss1_cli.inspect import _layer_bytes
 from ss1_compile import Report, SS1Structure
-from ss1_compile.cli import _layer_bytes
 from ss1_compile.errors import CheckpointError
 from ss1_compile.experts import SS1ExpertLinear, SS1Experts, is_experts, project_experts
 from ss1_compile.projection import project
