@@ -182,13 +182,21 @@ def _memory_key(tensor: Tensor) -> MemoryKey:
 
 
 class Quietly:
-    """Eval mode, no gradients and no compiled code inside; all as before afterwards."""
+    """Eval mode, no gradients, no compiled code and no caches of keys and values inside.
+
+    All is as before afterwards. Hugging Face's models fill a cache unless their configuration says
+    otherwise; nothing here would read it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def __enter__(self) -> None:
         self._training = [(module, module.training) for module in self._model.modules()]
+        configs = {id(c): c for m in self._model.modules() if (c := getattr(m, "config", None))}
+        self._caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+        for config in self._caching:
+            config.use_cache = False
         self._no_grad = torch.no_grad()
         self._eager = torch.compiler.set_stance("force_eager")
         self._model.eval()
@@ -198,6 +206,8 @@ class Quietly:
     def __exit__(self, *error: Any) -> None:
         self._eager.__exit__(*error)
         self._no_grad.__exit__(*error)
+        for config in self._caching:
+            config.use_cache = True
         for module, training in self._training:
             module.training = training
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ss1_compile import SS1Config, SS1Linear, compress
+from ss1_compile.blocks import find_chain
 from ss1_compile.layers import find_layers
+from ss1_compile.observer import LinearObserver, Quietly
 from ss1_compile.sequential import SequentialCalibration
 
 D = 32
@@ -174,3 +176,24 @@ def test_it_is_deterministic():
         states.append(model.state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_causal_language_model_is_a_chain_and_keeps_its_cache():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=D, intermediate_size=2 * D, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    data = [{"input_ids": torch.randint(50, (2, 9))} for _ in range(4)]
+    with Quietly(model), LinearObserver({}, lambda *_: None):
+        names = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        assert find_chain(model, names, data[0]).names[0] == "model.layers.0"
+    report = compress(model, reduction=2, calibration=data, sequential=True, warn_error=2.0,
+                      progress=False)  # fmt: skip
+    assert len(report.compressed) == 22
+    layer = model.model.layers[1]
+    assert layer.self_attn.q_proj.sketch is layer.self_attn.v_proj.sketch
+    assert layer.mlp.gate_proj.sketch is layer.mlp.up_proj.sketch
+    assert model(**data[0]).past_key_values is not None
