@@ -70,12 +70,15 @@ def _relax(items: Sequence[tuple[Tensor, Tensor]], limit: float) -> tuple[float,
     best, spent = at(0.0)
     if spent <= limit:
         return 0.0, best
-    # Large enough that every item takes its cheapest choice
-    cheapest = cost.min(1, keepdim=True).values
-    gaps = torch.where(cost > cheapest, cost - cheapest, torch.inf).min()
+    # The cheapest choices are a solution; a multiplier that is large enough leads to them, up to
+    # differences in cost that are nothing beside the largest cost
+    cheapest = torch.where(cost <= cost.min(1, keepdim=True).values, loss, torch.inf).min(1).values
+    best = float(cheapest.sum())
+    gaps = cost - cost.min(1, keepdim=True).values
+    largest = gaps[gaps.isfinite()].max()
+    gap = gaps[gaps > 1e-12 * largest].min()
     spread = torch.where(loss.isfinite(), loss, 0.0)
-    high = 2 * float((spread.amax(1) - spread.amin(1)).max() / gaps) + 1e-300
-    best, _ = at(high)
+    high = 2 * float((spread.amax(1) - spread.amin(1)).max() / gap) + 1e-300
     low = 0.0
     for _ in range(100):
         middle = (low + high) / 2
@@ -96,7 +99,7 @@ def _search(
     for loss, cost in reversed(items):
         rest_value.append(rest_value[-1] + float((loss + multiplier * cost).min()))
         rest_cost.append(rest_cost[-1] + float(cost.min()))
-    tolerance = 1e-9 * abs(best)
+    tolerance = 1e-9 * (abs(best) + multiplier * abs(limit))
     state_cost = torch.zeros(1, dtype=torch.float64)
     state_loss = torch.zeros(1, dtype=torch.float64)
     trail: list[tuple[Tensor, Tensor]] = []

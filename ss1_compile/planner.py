@@ -21,6 +21,7 @@ from ss1_compile.config import SS1Config
 from ss1_compile.errors import CalibrationError, ConfigError, NothingToCompressError
 from ss1_compile.evaluation import Evaluation, Output
 from ss1_compile.layers import find_layers
+from ss1_compile.planned_layers import LayerChoice, PlannedLayer
 from ss1_compile.planner_measure import (
     Candidate,
     CostOf,
@@ -32,7 +33,7 @@ from ss1_compile.planner_measure import (
     shadow,
 )
 from ss1_compile.planner_target import Cost, Target
-from ss1_compile.plans import LayerChoice, Plan, PlannedLayer
+from ss1_compile.plans import Plan
 from ss1_compile.stand_ins import stand_ins
 from ss1_compile.statistics import calibrate, rebind, statistics_of
 

@@ -87,6 +87,7 @@ def test_compress_calibrates_saves_and_prints_how_to_load(hf_dir, texts, tmp_pat
     out = tmp_path / "out"
     result = run(
         "compress", hf_dir, out, "-c", 2, "--calibration", texts, "--exclude", "pooler.*",
+        "--projection", "calibrated",
         "--override", "*.query=4", "--override", "*.key=dense",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -155,7 +156,8 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_inspect(hf_dir, texts, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     out = tmp_path / "out"
-    assert run("compress", hf_dir, out, "-c", 2, "--calibration", texts).exit_code == 0
+    rotation = ("--calibration", texts, "--projection", "calibrated")
+    assert run("compress", hf_dir, out, "-c", 2, *rotation).exit_code == 0
     result = run("inspect", out)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
