@@ -22,7 +22,7 @@ def batches(count=6):
 def test_errors_are_those_of_the_layers_on_the_dense_inputs():
     model, data = net(), batches()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    options = {"reduction": 2, "quantization": "int8_weight_only"}
+    options = {"reduction": 2, "quantization": "int8_weight_only", "projection": "calibrated"}
     found = ss1_compile.sensitivity(model, data, **options)
     assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
     assert [layer.name for layer in found.layers] == ["0", "2"]
@@ -42,12 +42,9 @@ def test_errors_are_those_of_the_layers_on_the_dense_inputs():
         assert layer.both == pytest.approx(math.hypot(layer.sketch, layer.quantized), rel=0.05)
         assert layer.shape == tuple(w.shape)
         assert (layer.reduction, layer.quantization) == (2, "int8_weight_only")
-    assert found.layers[0].sketch == pytest.approx(
-        ss1_compile.compress(net_like(model), reduction=2, calibration=data, progress=False)[
-            "0"
-        ].error,
-        rel=1e-3,
-    )
+    twin, plain = net_like(model), {"reduction": 2, "projection": "calibrated", "warn_error": 2}
+    report = ss1_compile.compress(twin, calibration=data, progress=False, **plain)
+    assert found.layers[0].sketch == pytest.approx(report["0"].error, rel=1e-3)
     rows = json.loads(found.to_json())["layers"]
     assert [row["both"] for row in rows] == [layer.both for layer in found.layers]
     assert "96×64" in str(found)
@@ -76,6 +73,7 @@ def test_options_by_layer_and_attention():
         model,
         data,
         reduction=2,
+        projection="calibrated",
         quantization="int8_dynamic",
         overrides={
             "linear1": {"quantization": None},
