@@ -19,7 +19,7 @@ items = st.lists(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=4), 
 def test_it_finds_the_least_loss(rows, spare):
     losses = [[loss for loss, _ in row] for row in rows]
     costs = [[cost for _, cost in row] for row in rows]
-    budget = sum(map(min, costs)) + spare
+    budget = math.fsum(map(min, costs)) + spare
     picked = choose(losses, costs, budget)
     assert len(picked) == len(rows)
 
