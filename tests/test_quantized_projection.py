@@ -89,7 +89,8 @@ def test_calibrated_rounding_adds_less_output_error(method, kind):
         ).quantization_error
         for r in ("nearest", "calibrated")
     ]
-    assert errors[1] < 0.9 * errors[0]
+    # measured: 0.25 … 0.36 for rotations, 0.59 … 0.83 for learned sketches, which decorrelate
+    assert errors[1] < (0.6 if kind == "average" else 0.97) * errors[0]
 
 
 def test_groups_cut_the_rows_of_z():
