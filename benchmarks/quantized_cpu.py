@@ -130,9 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    assert quantized_native._library() is not None, (
-        "no C++ compiler"
-    )
+    assert quantized_native._library() is not None, "no C++ compiler"
     shapes = SHAPES[:2] if arguments.quick else SHAPES
     budget = 4.0 if arguments.quick else arguments.budget
     rows: list[dict[str, Any]] = []
