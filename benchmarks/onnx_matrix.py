@@ -29,6 +29,8 @@ import ss1_compile
 from ss1_compile import export_onnx
 from ss1_compile.onnx import register_schemas
 from ss1_compile.onnx.export import OPSETS
+from ss1_compile.onnx.oracle import oracle_of
+from ss1_compile.onnx.quantization import SEVEN_BITS
 from ss1_compile.onnx.runner import relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,11 +191,8 @@ class Wrapped(nn.Module):
 
 
 def _expected(program: Any, x: torch.Tensor, quantization: str | None) -> Array:
-    from ss1_compile.onnx.quantization import SEVEN_BITS
-    from ss1_compile.onnx.verification import _oracle
-
     with torch.no_grad():
-        y: torch.Tensor = _oracle(program, quantization, SEVEN_BITS)([x])  # type: ignore[arg-type]
+        y: torch.Tensor = oracle_of(program, quantization, SEVEN_BITS)([x])  # type: ignore[arg-type]
     return y.numpy()
 
 

@@ -16,7 +16,7 @@ from ss1_compile import SS1Config, export_onnx, from_onnx
 from ss1_compile.cli import app
 from ss1_compile.errors import ConfigError, ExportError, VerificationError
 from ss1_compile.kernels.quantize import dequantize
-from ss1_compile.onnx import export, functions, inline, onnx_translation_table
+from ss1_compile.onnx import export, functions, inline, onnx_translation_table, verification
 from ss1_compile.onnx.operators import DOMAIN
 from ss1_compile.onnx.runner import relative_error
 
@@ -204,6 +204,23 @@ def test_a_wrong_body_is_caught_and_nothing_is_written(program, tmp_path, monkey
         export_onnx(program, (X,), path)
     assert path.read_bytes() == b"an earlier file"
     assert os.listdir(tmp_path) == ["m.onnx"]
+
+
+def test_models_that_amplify_rounding_pass_by_their_own_sensitivity(program, tmp_path, monkeypatch):
+    """Where PyTorch's own output moves as far, no runtime can come closer."""
+    path = tmp_path / "m.onnx"
+    report = export_onnx(program, (X,), path, quantization="int8_dynamic")
+    assert report.sensitivity < 5e-3  # two layers amplify nothing
+    assert export_onnx(program, (X,), path).sensitivity is None  # rounding in float32 alone
+    real = verification.oracle_of
+
+    def far(program, quantization, levels, *, jitter=0.0):
+        return real(program, quantization, levels, jitter=1e5 * jitter)
+
+    monkeypatch.setattr(verification, "oracle_of", far)
+    monkeypatch.setattr(verification, "INT8_TOLERANCE", 0.0)
+    report = export_onnx(program, (X,), path, quantization="int8_dynamic")
+    assert report.sensitivity > report.max_error
 
 
 def test_saturating_products_are_caught(tmp_path, monkeypatch):
