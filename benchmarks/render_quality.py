@@ -66,6 +66,8 @@ def tables(result: Mapping[str, Any]) -> str:
             tokens = round(fmean(row["calibration_tokens"] for row in rows))
             known = ", ".join(f"{COLUMNS[n]} {dense[n]:.3f}" for n in names if n in dense)
             text = f"{tokens} calibration tokens per seed; dense: {known}."
+            notes = {(row["method"], row["note"]) for row in rows if row.get("note")}
+            text += "".join(f" Measured before a change ({m}): {n}." for m, n in sorted(notes))
             parts.append(
                 f"## {model}, c = {c:g}\n\n{text}\n\n"
                 + markdown(["method", "seeds", *(COLUMNS[n] for n in names)], lines)
@@ -129,8 +131,8 @@ Finished rows are kept, so that an interrupted run goes on. The second model nee
 - *Error in the model*: `sqrt(E‖Δy‖² / E‖y - E[y]‖²)`, the mean over the layers, each reading its
   own model's inputs. *Error alone*: both reading the dense model's, for which sequential methods
   are not fitted.
-- The learned sketch is the default where there is calibration data: q, k and v share one, and the
-  group size is chosen per layer. Its parameters include the blocks.
+- The learned sketch is the default where there is calibration data: q, k and v share one
+  (`share_sketches`), and the group size is chosen per layer. Its parameters include the blocks.
 - Magnitude pruning is not charged for the places of what it keeps.
 
 {tables(result)}

@@ -66,8 +66,9 @@ class SS1Config:
         hash_family: ``"independent"`` (default) or ``"affine"`` (the authors' public kernel).
         signed: draw random signs (independent family).
         seed: seed of the structures.
-        group_size: input features per block of a learned sketch; ``None`` means, where ``compress``
-            has calibration data, the best of a few sizes per layer, and else about 128.
+        group_size: input features per block of a learned sketch. ``None`` means, for ``compress``
+            with calibration data, the best of a few sizes on held-out batches if it is sequential
+            and N/2 within 128 … 384 if not; elsewhere about 128.
         share_sketches: layers that read the same input (q, k and v, say) get one learned sketch in
             common, which is stored and computed once and leaves more of the budget to each.
         projection: how a dense weight becomes z. ``"average"`` is the signed mean of the tied

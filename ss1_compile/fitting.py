@@ -86,46 +86,77 @@ def corrected(w: Tensor, correction: Tensor | None) -> Tensor:
     return w if correction is None else w + w @ correction
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """How to fit a weight.
+
+    Attributes:
+        damping: of the fit.
+        asymmetry: of the fit.
+        error: ``E‖W x_dense - Ŵ x‖²`` on held-out rows of what was fitted to the others in one
+            sweep; ``None`` without such rows, or if nothing was tried.
+    """
+
+    damping: float
+    asymmetry: float
+    error: float | None = None
+
+
 def choose(
     layer: Weight,
     statistics: InputStatistics | None,
     damping: float | Literal["auto"],
     asymmetry: float | Literal["auto"],
-) -> tuple[float, float]:
+    *,
+    always: bool = False,
+) -> Chosen:
     """The damping and the asymmetry to use, those that are "auto" by the error on held-out rows.
 
     What is fitted for α = ½ is linear in α with its sketch held, so that the error is a parabola.
-    One sweep of a learned fit is enough to tell.
+
+    Args:
+        layer: the weight.
+        statistics: of its inputs.
+        damping: see :func:`ss1_compile.project`.
+        asymmetry: see :func:`ss1_compile.project`.
+        always: measure the error on held-out rows even if nothing is left to choose.
     """
+    ridge = DAMPING if damping == "auto" else damping
     if statistics is None or layer.method == "average" or layer.structure.reduction == 1:
-        return (DAMPING if damping == "auto" else damping), 0.0
+        return Chosen(ridge, 0.0)
     held_out, drifted = statistics.held_out, statistics.drift is not None
-    half = 0.5 if asymmetry == "auto" else asymmetry
-    fixed = (DAMPING if damping == "auto" else damping, half if drifted else 0.0)
-    if held_out is None or not (damping == "auto" or (asymmetry == "auto" and drifted)):
-        return fixed
+    part = 0.0
+    if drifted:
+        part = 0.5 if asymmetry == "auto" else asymmetry
+    open_ = damping == "auto" or (asymmetry == "auto" and drifted) or always
+    if held_out is None or not open_:
+        return Chosen(ridge, part)
     target, unseen = layer.target(statistics.without_held_out()), layer.target(held_out)
-    best: tuple[float, float, float] | None = None
-    for ridge in DAMPINGS if damping == "auto" else (damping,):
-        terms = torch.zeros(3, dtype=torch.float64, device=layer.weight.device)
-        for _, fit, chunks, correction in layer.fits(target, ridge, fixed[1], _TRIAL_SWEEPS):
-            for index in chunks:
-                w = layer.rows(index)
-                e = w - fit.materialize(fit.solve(w))
-                terms[0] += unseen.lost(w, e)
-                if correction is not None:
-                    more = fit.materialize(fit.solve(w @ correction))
-                    terms[1:] += torch.stack(unseen.along(w, e, more))
-        constant, slope, curvature = terms.tolist()
-        part, t = fixed[1], 1.0
-        if asymmetry == "auto" and curvature > 0:
-            part = min(1.0, max(0.0, fixed[1] * slope / (2 * curvature)))
-            t = part / fixed[1]
-        error = constant - slope * t + curvature * t * t
-        if best is None or error < best[0]:
-            best = error, ridge, part
-    assert best is not None
-    return best[1:]
+    tried = [
+        _trial(layer, target, unseen, each, part, asymmetry == "auto")
+        for each in (DAMPINGS if damping == "auto" else (ridge,))
+    ]
+    return min(tried, key=lambda chosen: chosen.error or 0.0)
+
+
+def _trial(
+    layer: Weight, target: Target, unseen: Target, damping: float, asymmetry: float, free: bool
+) -> Chosen:
+    """A fit of one sweep and its error on unseen inputs, at the best asymmetry if it is free."""
+    terms = torch.zeros(3, dtype=torch.float64, device=layer.weight.device)
+    for _, fit, chunks, correction in layer.fits(target, damping, asymmetry, _TRIAL_SWEEPS):
+        for index in chunks:
+            w = layer.rows(index)
+            e = w - fit.materialize(fit.solve(w))
+            terms[0] += unseen.lost(w, e)
+            if correction is not None:
+                more = fit.materialize(fit.solve(w @ correction))
+                terms[1:] += torch.stack(unseen.along(w, e, more))
+    constant, slope, curvature = terms.tolist()
+    t = 1.0
+    if free and curvature > 0:
+        t = min(1.0, max(0.0, asymmetry * slope / (2 * curvature))) / asymmetry
+    return Chosen(damping, asymmetry * t, constant - slope * t + curvature * t * t)
 
 
 def _blocks_by_hash(structure: Structure) -> Iterator[tuple[int, list[range]]]:

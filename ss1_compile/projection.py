@@ -136,8 +136,8 @@ def project(
         if sketch is not None:
             structure.check_sketch(sketch)
         layer = Weight(weight, structure, bias is not None, method, name, sketch)
-        ridge, part = choose(layer, statistics, damping, asymmetry)
-        return _project(layer, bias, statistics, ridge, part)
+        chosen = choose(layer, statistics, damping, asymmetry)
+        return _project(layer, bias, statistics, chosen.damping, chosen.asymmetry)
 
 
 def _project(

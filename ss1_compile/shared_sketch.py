@@ -17,7 +17,7 @@ from torch import Tensor
 from ss1_compile.errors import StructureError
 from ss1_compile.fitting import DAMPING, Weight, choose
 from ss1_compile.input_statistics import InputStatistics
-from ss1_compile.learned import LearnedStructure, group_size_for
+from ss1_compile.learned import LearnedStructure
 from ss1_compile.learned_fit import SWEEPS, LearnedFit
 from ss1_compile.target import Target
 
@@ -63,8 +63,10 @@ def fit_sketch(
 ) -> SharedSketch:
     """Fit the blocks for layers that share an input and together keep 1/c of their parameters.
 
-    Without a group size those of :data:`GROUP_SIZES` are tried for one sweep, and the best taken:
-    wide groups lose less to their borders, narrow ones have more slots at the same budget.
+    Without a group size, if there are held-out rows, those of :data:`GROUP_SIZES` are tried for one
+    sweep and the best on these rows is taken; else it is N/2 within 128 … 384. Wide groups lose
+    less to their borders, narrow ones have more slots at the same budget. The error on the rows
+    that were fitted is no guide: it prefers groups that are too wide.
 
     Args:
         weights: ``[N_i, K]`` each, of one dtype and device, finite.
@@ -84,32 +86,45 @@ def fit_sketch(
         target = Target.of(statistics, centred, weights[0].device)
         stack = torch.cat([_normalised(w, target) for w in weights])
         out_features, in_features = stack.shape
+        if group_size is not None:
+            sizes = {min(group_size, in_features)}
+        elif statistics.held_out is None:
+            sizes = {_equal(in_features, min(max(out_features // 2, 128), 384))}
+        else:
+            sizes = {_equal(in_features, wished) for wished in GROUP_SIZES}
+            sizes |= {in_features} if in_features <= _WIDEST else set()
         candidates = [
             Weight(stack, structure, centred, "learned", name)
-            for structure in _structures(in_features, out_features, reduction, group_size)
+            for structure in _structures(in_features, out_features, reduction, sizes)
         ]
-        given = DAMPING if damping == "auto" else damping, 0.5 if asymmetry == "auto" else asymmetry
-        best = candidates[0]
-        if len(candidates) > 1:
-            best = min(candidates, key=lambda layer: _fitted(layer, target, *given, 1).error)
-        ridge, part = choose(best, statistics, damping, asymmetry)
-        fit = _fitted(best, target, ridge, part, SWEEPS)
+        several = len(candidates) > 1
+        tried = [
+            (choose(layer, statistics, damping, asymmetry, always=several), layer)
+            for layer in candidates
+        ]
+        chosen, best = min(tried, key=lambda pair: pair[0].error or 0.0)
+        fit = _fitted(best, target, chosen.damping, chosen.asymmetry, SWEEPS)
         assert isinstance(best.structure, LearnedStructure)
         blocks = fit.blocks.to(stack.dtype).unsqueeze(0)
-        return SharedSketch(best.structure.group_size, best.structure.rank, blocks, ridge, part)
+        return SharedSketch(
+            best.structure.group_size,
+            best.structure.rank,
+            blocks,
+            chosen.damping,
+            chosen.asymmetry,
+        )
+
+
+def _equal(in_features: int, wished: int) -> int:
+    """The group size near the wish, a multiple of 8 as far as possible, of equal groups."""
+    groups = max(1, round(in_features / wished))
+    return min(in_features, -(-in_features // groups // 8) * 8)
 
 
 def _structures(
-    in_features: int, out_features: int, reduction: float, group_size: int | None
+    in_features: int, out_features: int, reduction: float, sizes: set[int]
 ) -> list[LearnedStructure]:
-    """Those of one hash with the given or the usual group sizes, as far as the budget allows."""
-    sizes = {group_size or group_size_for(in_features)}
-    if group_size is None:
-        for wished in GROUP_SIZES:
-            groups = max(1, round(in_features / wished))
-            sizes.add(min(in_features, -(-in_features // groups // 8) * 8))
-        if in_features <= _WIDEST:
-            sizes.add(in_features)
+    """Those of one hash with these group sizes, as far as the budget allows."""
     made, refusal = [], None
     for size in sorted(sizes):
         try:

@@ -113,7 +113,7 @@ class Statistics(Mapping[str, InputStatistics]):
             _of_weight[weights[name]] = entry
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; :meth:`load` reads it."""
+        """Write a safetensors file; :meth:`load` reads it. Held-out rows are not marked in it."""
         distinct = {id(entry): entry for entry in self.values()}
         index = {key: i for i, key in enumerate(distinct)}
         tensors: dict[str, Tensor] = {}

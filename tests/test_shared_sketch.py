@@ -116,14 +116,18 @@ def test_z_is_the_least_squares_solution_for_the_shared_blocks():
         assert torch.equal(found.sketch, shared.blocks)
 
 
-def test_the_group_size_is_chosen_by_the_error():
+def test_the_group_size_is_chosen_by_the_error_on_held_out_rows():
     torch.manual_seed(0)
-    k, n, known = 256, 256, statistics(torch.randn(2000, 256))
+    k, n, unseen = 256, 256, statistics(torch.randn(600, 256))
+    known = statistics(torch.randn(2000, 256)).combine(unseen)
     low_rank = torch.randn(n, 60) @ torch.randn(60, k) + 0.01 * torch.randn(n, k)
-    assert fit_sketch([low_rank], known, 2, centred=False).group_size == k
     exact = LearnedStructure.create(k, n, 2, group_size=128)
     blocks = torch.randn(2, 128, exact.rank)
     w = torch.randn(n, exact.reduced_features) @ torch.block_diag(*blocks).T
+    assert fit_sketch([low_rank], known, 2, centred=False).group_size == 128  # N/2
+    assert fit_sketch([torch.cat([w] * 4)], known, 2, centred=False).group_size == k
+    known.held_out = unseen
+    assert fit_sketch([low_rank], known, 2, centred=False).group_size == k
     shared = fit_sketch([w], known, 2, centred=False)
     assert shared.group_size == 128
     assert project(w, shared.structure(w), statistics=known, sketch=shared.blocks).error < 1e-3
