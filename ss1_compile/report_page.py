@@ -31,7 +31,7 @@ figcaption { color: #555; font-size: .9rem; } svg { width: 100%; height: auto; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4;
   white-space: nowrap; }
 th { background: #f5f5f5; position: sticky; top: 0; } td:first-child, th:first-child,
-td.note { text-align: left; } td.note { white-space: normal; color: #555; }
+td.note, th.note { text-align: left; } td.note { white-space: normal; color: #555; }
 tr.front td { background: #eef7f1; } .key { font-size: .85rem; color: #555; }
 """
 
@@ -143,7 +143,9 @@ def _table_of_layers(point: Point) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
+    head = "".join(
+        f'<th class="{"note" if cell == "note" else ""}">{html.escape(cell)}</th>' for cell in heads
+    )
     body = []
     for row, mark in zip(rows, marks, strict=True):
         cells = [
