@@ -176,6 +176,12 @@ def accuracy_part(result: Result) -> list[str]:
         "benchmarks/quantized_accuracy.py`). *Change*: relative difference of the output (hidden "
         "states, logits) from the unquantised SS1 model's; *added*: by how much the distance from "
         "the *dense* model grows. The aim is at most 2 %.\n",
+        *(
+            f"Calibrated on {result[key]['calibration_tokens']} tokens, on "
+            f"{result[key]['device']}.\n"
+            for key in ("minilm_run", "smollm2_run")
+            if key in result
+        ),
     ]
     rows: Sequence[Mapping[str, Any]] = result["rows"]
     for model in dict.fromkeys(row["model"] for row in rows):
