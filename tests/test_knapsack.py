@@ -14,7 +14,7 @@ numbers = st.one_of(st.integers(0, 4).map(float), st.floats(0, 3))
 items = st.lists(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=4), max_size=5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(items, st.floats(0, 6))
 def test_it_finds_the_least_loss(rows, spare):
     losses = [[loss for loss, _ in row] for row in rows]
