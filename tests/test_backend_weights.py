@@ -24,13 +24,13 @@ def _fresh_dynamo():
 def counted(monkeypatch):
     """Counts projections."""
     calls = []
-    real = binding_module.project_experts
+    real = binding_module.project_layer
 
     def project(*args, **kwargs):
         calls.append(kwargs["name"])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(binding_module, "project_experts", project)
+    monkeypatch.setattr(binding_module, "project_layer", project)
     return calls
 
 

@@ -71,7 +71,8 @@ CALLS = {
     "other reduction": {"options": {"reduction": 2}},
     "other hash family": {"options": {"hash_family": "affine"}},
     "other weights": {"options": {}, "weights": 1},
-    "calibrated": {"options": {}, "calibrated": True},
+    "calibrated": {"options": {"projection": "calibrated"}, "calibrated": True},
+    "learned": {"options": {}, "calibrated": True},
     "one layer dense": {"options": {"exclude": ["1"]}},
     "lossless": {"options": {"reduction": 1}},
 }
@@ -91,7 +92,7 @@ def test_warm_start_hits_and_is_never_stale(tmp_path):
     for name in ("other weights", "calibrated"):
         assert (warm[name]["aot_miss"], warm[name]["aot_hit"]) == (0, 1), name
     # Another graph must not find the artefact of this one.
-    for name in ("other reduction", "one layer dense", "lossless"):
+    for name in ("learned", "other reduction", "one layer dense", "lossless"):
         assert (warm[name]["aot_miss"], warm[name]["aot_hit"]) == (1, 0), name
     # Every result is its own: run() has compared each with compress under the same options.
     values = [tuple(same["y"]), *(tuple(result["y"]) for result in warm.values())]
