@@ -179,9 +179,28 @@ def plot_batches(models: Result) -> None:
     figure.savefig(BATCHES, metadata={"Date": None})
 
 
-def page(blocks: Result, models: Result) -> str:
+def compile_table(result: Result) -> str:
+    """What the passes add to compiling, by the number of layers."""
+    lines = [
+        [
+            str(row["layers"]),
+            row["variant"],
+            f"{row['first_call_s']:.1f}",
+            f"{row['projection_ms'] / 1e3:.2f}" if row["projection_ms"] else "",
+            f"{row['passes_ms'] / 1e3:.2f}" if row["passes_ms"] else "",
+            f"{row['of_dense']:.1%}" if row["passes_ms"] else "",
+        ]
+        for row in result["rows"]
+    ]
+    columns = ["layers", "model", "first call, s", "projection, s", "passes, s", "of dense"]
+    return markdown(columns, lines)
+
+
+def page(blocks: Result, models: Result, compiling: Result) -> str:
     """The whole text."""
     env = models["environment"]
+    where = compiling["environment"]
+    host = where.get("gpu") or f"a CPU, {where['threads']} threads"
     return "\n".join(
         [
             f"""\
@@ -214,6 +233,11 @@ Transformers' models, which cannot be captured whole.
                 if len(_batches(models)) > 1
                 else []
             ),
+            "## Compile time\n\n"
+            "BERT encoders of width 256 as one graph, every row in a fresh process without caches "
+            f"(`benchmarks/compile_time.py`, {host}, torch {where['torch']}). *Passes* are this "
+            "project's, with fusion; *backend* projects the weights of a dense model at its first "
+            "call; *compressed* was compressed before.\n\n" + compile_table(compiling) + "\n",
             "## Models\n\n" + table(models["rows"]) + "\n",
             "## Blocks\n\n" + table(blocks["blocks"]) + "\n",
         ]
@@ -222,7 +246,7 @@ Transformers' models, which cannot be captured whole.
 
 def main() -> None:
     blocks, models = harness.read("blocks"), harness.read("models")
-    text = page(blocks, models)
+    text = page(blocks, models, harness.read("compile_time"))
     if "--check" in sys.argv[1:]:
         if not PAGE.is_file() or PAGE.read_text() != text:
             sys.exit(f"{Path(PAGE).relative_to(ROOT)} is out of date: run render_models.py")
