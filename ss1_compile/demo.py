@@ -41,6 +41,7 @@ from ss1_compile.statistics import Statistics, calibrate
 
 RESULT_FILE = "minilm_cpu.json"
 PLOT_FILE = "minilm_cpu.png"
+METHODS = ("average", "calibrated", "learned")
 TOLERANCE = 1e-4
 """Largest relative difference of compiled to eager embeddings, float32."""
 
@@ -59,7 +60,7 @@ class DemoOptions:
         held_out: number of documents that quality is measured on.
         sentences: number of short sentences for a second, unlabelled measurement at the smallest c:
             two thirds for calibration, the rest held out.
-        sequential: also calibrate sequentially (a pass over the data per group of layers).
+        sequential: also learn sequentially (passes over the data, block by block).
         encoder_layer: also time a BERT-base-shaped encoder layer and its linears alone.
         rounds: turns of each candidate of a timing.
     """
@@ -237,7 +238,7 @@ class _QualityJob:
                 **asdict(self.examiner.score(reference, reference)),
             }
         ]
-        methods = ["average", "calibrated", *(["sequential"] if options.sequential else [])]
+        methods = [*METHODS, *(["sequential"] if options.sequential else [])]
         for reduction in options.reductions:
             for method in methods:
                 model, report = self._compress(reduction, method, self.statistics)
@@ -270,7 +271,7 @@ class _QualityJob:
             statistics = calibrate(self.dense, calibration)
         reference = embed(self.dense, held_out)
         reduction, rows = min(options.reductions), []
-        for method in ("average", "calibrated"):
+        for method in METHODS:
             model, report = self._compress(reduction, method, statistics)
             with self.step(f"c = {reduction}, {method}: embedding the held-out sentences"):
                 embeddings = embed(model, held_out)
@@ -289,9 +290,10 @@ class _QualityJob:
     ) -> tuple[nn.Module, Report]:
         """A compressed copy, and a report whose errors are relative to the layers' outputs."""
         model = copy.deepcopy(self.dense)
-        projection = "average" if method == "average" else "calibrated"
+        projection = "learned" if method == "sequential" else method
         config = SS1Config.from_dict({"reduction": reduction, "projection": projection})
-        calibration = {"calibrated": statistics, "sequential": self.batches}.get(method)
+        seen = {"average": None, "sequential": self.batches}
+        calibration = seen.get(method, statistics)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", SS1Warning)
             with self.step(f"c = {reduction}, {method}: compressing"):

@@ -56,12 +56,13 @@ def test_whole_run_on_a_small_model(small, tmp_path):
     assert json.loads((tmp_path / demo.RESULT_FILE).read_text()) == result
     assert (tmp_path / demo.PLOT_FILE).read_bytes().startswith(b"\x89PNG")
     assert all(torch.equal(tensor, before[n]) for n, tensor in small.state_dict().items())
-    dense, average, calibrated = result["quality"]
+    dense, average, calibrated, learned = result["quality"]
     assert dense["cosine"] == pytest.approx(1)
     assert dense["spearman"] == pytest.approx(1)
     assert calibrated["output_error"] < average["output_error"]
     assert calibrated["cosine"] > average["cosine"]
-    averaged, fitted = result["sentences"]
+    assert learned["output_error"] < calibrated["output_error"]
+    averaged, fitted, _ = result["sentences"]
     assert fitted["output_error"] < averaged["output_error"]
     assert fitted["cosine"] > averaged["cosine"]
     # 6 linear layers: z is half of W, the biases stay, and each sketch is J·G·c words of 4 bytes.
@@ -191,7 +192,7 @@ def test_a_missing_compiler_is_named_before_the_work(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_calibrated_beats_average_on_minilm(tmp_path):
+def test_learned_beats_calibrated_beats_average_on_minilm(tmp_path):
     """At c = 2, on articles of 128 tokens and on short sentences."""
     options = demo.DemoOptions(
         output=tmp_path,
@@ -201,12 +202,16 @@ def test_calibrated_beats_average_on_minilm(tmp_path):
         rounds=1,
     )
     result = demo.run_demo(options, quiet())
-    _, average, calibrated = result["quality"]
+    _, average, calibrated, learned = result["quality"]
+    assert learned["output_error"] <= calibrated["output_error"] - 0.05
+    assert learned["cosine"] >= calibrated["cosine"] + 0.1
     assert average["output_error"] >= 0.66
     assert calibrated["output_error"] <= 0.38
     assert calibrated["cosine"] > average["cosine"] + 0.3
     assert calibrated["retrieval"] > average["retrieval"] + 0.2
-    average, calibrated = result["sentences"]
+    average, calibrated, learned = result["sentences"]
     assert average["output_error"] >= 0.66
     assert calibrated["output_error"] <= 0.36
     assert calibrated["cosine"] >= 0.68
+    assert learned["output_error"] <= 0.26
+    assert learned["cosine"] >= 0.8
