@@ -112,14 +112,18 @@ def _kernel(op: str, dtype: torch.dtype) -> Kernel | None:
     return result
 
 
+def threads_for(work: int, per_thread: int, most: int) -> int:
+    """How many threads to share ``work`` among: one until it is worth two, ``most`` at most."""
+    if work < 2 * per_thread:
+        return 1
+    return max(1, min(torch.get_num_threads(), work // per_thread, most))
+
+
 def _run(kernel: Kernel, wide: Tensor, code: Tensor, sketched: Tensor) -> None:
     """Call a kernel on ``wide [M, K]`` and ``sketched [J, M, K_c]``, both with unit last stride."""
     rows, in_features = wide.shape
     num_hashes, groups, reduction = code.shape
     additions = rows * in_features * num_hashes
-    threads = 1
-    if additions >= 2 * _ADDITIONS_PER_THREAD:
-        threads = min(torch.get_num_threads(), additions // _ADDITIONS_PER_THREAD, rows)
     kernel(
         wide.data_ptr(),
         wide.stride(0),
@@ -133,7 +137,7 @@ def _run(kernel: Kernel, wide: Tensor, code: Tensor, sketched: Tensor) -> None:
         groups,
         reduction,
         sketched.shape[2] // groups,
-        threads,
+        threads_for(additions, _ADDITIONS_PER_THREAD, rows),
     )
 
 
@@ -167,10 +171,6 @@ def _few_rows(kernel: Kernel, x: Tensor, code: Tensor, z: Tensor, bias: Tensor |
     hashes, groups, size = code.shape[:3]
     columns, reduced = z.shape
     y = x.new_empty(rows, columns)
-    products = rows * columns * reduced
-    threads = 1
-    if products >= 2 * _PRODUCTS_PER_THREAD:
-        threads = min(torch.get_num_threads(), products // _PRODUCTS_PER_THREAD, columns)
     kernel(
         x.data_ptr(),
         x.stride(0),
@@ -187,7 +187,7 @@ def _few_rows(kernel: Kernel, x: Tensor, code: Tensor, z: Tensor, bias: Tensor |
         groups,
         size,
         reduced // groups,
-        threads,
+        threads_for(rows * columns * reduced, _PRODUCTS_PER_THREAD, columns),
     )
     return y
 

@@ -67,9 +67,7 @@ def _kernel(name: str) -> native.Kernel | None:
 
 
 def _threads(products: int, most: int) -> int:
-    if products < 2 * _PRODUCTS_PER_THREAD:
-        return 1
-    return max(1, min(torch.get_num_threads(), products // _PRODUCTS_PER_THREAD, most))
+    return native.threads_for(products, _PRODUCTS_PER_THREAD, most)
 
 
 def _sketch(
