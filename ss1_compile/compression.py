@@ -213,8 +213,7 @@ def compile(
     if report is not None:
         for row in rows:
             report.record(row)
-    # What compress left dense it left for a reason: the backend sees nothing but SS1 layers.
-    options: dict[str, Any] = {"include": (), "allow_empty": True}
+    options: dict[str, Any] = {}  # none of the compression's: what is dense now stays dense
     if mode is not None:
         options["mode"] = mode
     if report is not None:
