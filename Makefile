@@ -41,8 +41,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typecheck && mkdir -p build/typecheck/ss1_compile
-	ln -s $(CURDIR)/ss1_compile/*.py $(CURDIR)/ss1_compile/py.typed \
-	  $(CURDIR)/ss1_compile/onnx $(CURDIR)/kernels $(CURDIR)/passes build/typecheck/ss1_compile
+	ln -s $(CURDIR)/ss1_compile/* $(CURDIR)/kernels $(CURDIR)/passes build/typecheck/ss1_compile
 	ln -s $(CURDIR)/ss1_cli build/typecheck
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p ss1_compile -p ss1_cli
 

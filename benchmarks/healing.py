@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import ss1_compile
-from ss1_compile._demo_data import load_articles, load_model, load_sentences, tokenize
-from ss1_compile._demo_measure import embed, rank_correlation
+from ss1_compile.demo.data import load_articles, load_model, load_sentences, tokenize
+from ss1_compile.demo.measure import embed, rank_correlation
 
 NAME = "healing"
 CALIBRATION, UNSEEN = 512, 256

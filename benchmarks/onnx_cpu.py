@@ -187,7 +187,7 @@ def best(ms: dict[str, float], c: int) -> float:
 
 def measure_model(seconds: float) -> dict[str, Any]:
     """all-MiniLM-L6-v2, one sequence of 128 tokens."""
-    from ss1_compile._demo_data import load_model
+    from ss1_compile.demo.data import load_model
 
     ids = torch.randint(1000, 20000, (1, MODEL_TOKENS))
     args = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

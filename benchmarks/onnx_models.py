@@ -30,7 +30,7 @@ from torch import nn
 
 import ss1_compile
 from ss1_compile import SS1Linear, SS1Structure
-from ss1_compile._demo_data import load_articles, load_model, tokenize
+from ss1_compile.demo.data import load_articles, load_model, tokenize
 from ss1_compile.onnx import compress_onnx, export_onnx, from_onnx
 from ss1_compile.onnx.runner import Runner, relative_error, to_torch
 

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 import ss1_compile
-from ss1_compile._demo_data import load_model, load_sentences, tokenize
-from ss1_compile._demo_measure import embed, rank_correlation
-from ss1_compile.planner_measure import stored_numbers
+from ss1_compile.demo.data import load_model, load_sentences, tokenize
+from ss1_compile.demo.measure import embed, rank_correlation
+from ss1_compile.planning.measure import stored_numbers
 
 NAME = "planner"
 FRACTIONS = (0.3, 0.5, 0.7)
@@ -88,7 +88,7 @@ def score(
         {
             name: found
             for name, p in model.named_parameters()
-            if (found := ss1_compile.statistics.statistics_of(p)) is not None
+            if (found := ss1_compile.calibration.statistics.statistics_of(p)) is not None
         }
     )
     report = ss1_compile.compress(compressed, replace(config, warn_error=10.0), statistics)

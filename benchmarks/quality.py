@@ -29,10 +29,10 @@ from quality_models import MODELS, Subject
 from torch import Tensor, nn
 
 from ss1_compile import SS1Config, SS1Warning, compress
-from ss1_compile.input_statistics import InputStatistics
-from ss1_compile.layers import Layer, find_layers
-from ss1_compile.sequential import SequentialCalibration, swap
-from ss1_compile.target import Target
+from ss1_compile.calibration.input_statistics import InputStatistics
+from ss1_compile.calibration.sequential import SequentialCalibration, swap
+from ss1_compile.compression.layers import Layer, find_layers
+from ss1_compile.projection.target import Target
 
 ASYMMETRIES = (0.0, 0.5, 1.0)
 DAMPING = 1e-3

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ss1_compile.learned import LearnedStructure
-from ss1_compile.learned_fit import LearnedFit
+from ss1_compile.projection.learned_fit import LearnedFit
 
 Method = Callable[[Tensor, Tensor, float], Tensor]
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ss1_compile._demo_data import load_articles, load_model, tokenize
-from ss1_compile._demo_measure import embed, rank_correlation
+from ss1_compile.demo.data import load_articles, load_model, tokenize
+from ss1_compile.demo.measure import embed, rank_correlation
 from ss1_compile.errors import MissingPackageError
 
 Batch = dict[str, Tensor]

@@ -29,7 +29,7 @@ from torch import nn
 from ss1_compile.config import LayerQuantization
 from ss1_compile.kernels import quantized_native
 from ss1_compile.modules import SS1Linear
-from ss1_compile.quantized_projection import layer_of, project_layer
+from ss1_compile.quantization.projection import layer_of, project_layer
 from ss1_compile.structure import SS1Structure
 
 SHAPES = ((768, 3072), (3072, 768), (1024, 4096), (4096, 1024))

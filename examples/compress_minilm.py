@@ -1,7 +1,7 @@
 """Compress, check and time a pretrained sentence-embedding model: the same as ``ss1 demo``.
 
-The steps are in ss1_compile/demo.py. Run with --help for the options, with --quick for a minute's
-version.
+The steps are in ss1_compile/demo/main.py. Run with --help for the options, with --quick for a
+minute's version.
 """
 
 import sys

@@ -44,7 +44,7 @@ def bench(
 
         from ss1_compile.data_files import load_batches
         from ss1_compile.model_sources import load_compressed, load_model
-        from ss1_compile.study import time_models
+        from ss1_compile.study.study import time_models
 
         with waiting(f"loading {model} and {compressed}"):
             loaded = load_model(model, device)

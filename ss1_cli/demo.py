@@ -24,7 +24,7 @@ def demo(
     ] = False,
 ) -> None:
     """Compress, check and time a pretrained sentence-embedding model, offline."""
-    from ss1_compile.demo import DemoOptions, run_demo
+    from ss1_compile.demo.main import DemoOptions, run_demo
 
     make = DemoOptions.quick if quick else DemoOptions
     console = Console()

@@ -12,7 +12,7 @@ from rich.table import Table
 from ss1_cli.common import one_line_errors
 
 if TYPE_CHECKING:
-    from ss1_compile.saved_layer import SavedLayer
+    from ss1_compile.serialization.layer import SavedLayer
 
 
 def inspect(
@@ -20,7 +20,7 @@ def inspect(
     directory: Annotated[Path, typer.Argument(help="What ss1_compile.save or ss1 compress wrote.")],
 ) -> None:
     """Show the layers of a saved model, without loading its tensors."""
-    from ss1_compile.checkpoint import TENSORS_FILE, read_config
+    from ss1_compile.serialization.checkpoint import TENSORS_FILE, read_config
 
     with one_line_errors(context):
         saved = read_config(directory)

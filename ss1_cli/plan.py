@@ -55,8 +55,8 @@ def plan(
         import ss1_compile
         from ss1_compile.data_files import load_batches
         from ss1_compile.model_sources import load_model
-        from ss1_compile.planner import CHOICES
-        from ss1_compile.planner_target import Target
+        from ss1_compile.planning.planner import CHOICES
+        from ss1_compile.planning.target import Target
 
         Target.parse(target)
         config = config_of(include, exclude, projection)

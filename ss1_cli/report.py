@@ -54,8 +54,8 @@ def report(
         from ss1_compile.data_files import load_batches
         from ss1_compile.errors import CalibrationError
         from ss1_compile.model_sources import load_model
-        from ss1_compile.report_page import write_page
-        from ss1_compile.study import study
+        from ss1_compile.study.page import write_page
+        from ss1_compile.study.study import study
 
         sizes = {"samples": samples, "batch_size": batch_size, "max_tokens": max_tokens}
         config = config_of(include, exclude, None)

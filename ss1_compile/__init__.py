@@ -17,8 +17,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ss1_compile.calibration.statistics import InputStatistics, Statistics, calibrate
 from ss1_compile.comparison import Comparison, LayerComparison, compare
-from ss1_compile.compression import compile, compress
+from ss1_compile.compression.compress import compile, compress
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import (
     CalibrationError,
@@ -35,18 +36,17 @@ from ss1_compile.errors import (
     UnhandledLinearError,
 )
 from ss1_compile.export import compress_exported
-from ss1_compile.healing import heal
-from ss1_compile.healing_config import HealConfig, Healing
-from ss1_compile.layer_sensitivity import LayerSensitivity, Sensitivity, sensitivity
+from ss1_compile.healing.config import HealConfig, Healing
+from ss1_compile.healing.heal import heal
 from ss1_compile.learned import LearnedStructure
-from ss1_compile.model_quantization import quantize
 from ss1_compile.modules import SS1Linear
-from ss1_compile.planner import plan
-from ss1_compile.plans import Plan
-from ss1_compile.projection import Projection, project
+from ss1_compile.planning.planner import plan
+from ss1_compile.planning.plans import Plan
+from ss1_compile.projection.project import Projection, project
+from ss1_compile.quantization.quantize import quantize
+from ss1_compile.quantization.sensitivity import LayerSensitivity, Sensitivity, sensitivity
 from ss1_compile.report import LayerReport, Report
-from ss1_compile.serialization import load, save
-from ss1_compile.statistics import InputStatistics, Statistics, calibrate
+from ss1_compile.serialization.model import load, save
 from ss1_compile.structure import SS1Structure
 
 if TYPE_CHECKING:

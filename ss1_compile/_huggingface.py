@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ss1_compile.compression import compress
+from ss1_compile.compression.compress import compress
 from ss1_compile.config import SS1Config
 from ss1_compile.data_files import load_batches
 from ss1_compile.model_sources import HUGGINGFACE_DIRECTORY, check_target, load_model

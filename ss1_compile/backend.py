@@ -19,6 +19,8 @@ from torch import Tensor, fx, nn
 
 from ss1_compile import tensorrt
 from ss1_compile.binding import Recipe, Slot, bind_fresh, bound_call
+from ss1_compile.calibration.statistics import statistics_of
+from ss1_compile.compression.settled import is_settled
 from ss1_compile.config import SS1Config, reject_unknown_keys
 from ss1_compile.decision import Decisions, in_order
 from ss1_compile.errors import ConfigError, TrainingError
@@ -35,11 +37,9 @@ from ss1_compile.passes import (
     inline_checkpoints,
     rewrite_sites,
 )
-from ss1_compile.projection import Projection
-from ss1_compile.quantized_projection import QuantizedProjection
+from ss1_compile.projection.project import Projection
+from ss1_compile.quantization.projection import QuantizedProjection
 from ss1_compile.report import Report
-from ss1_compile.settled import is_settled
-from ss1_compile.statistics import statistics_of
 
 log = logging.getLogger(__name__)
 

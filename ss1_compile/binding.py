@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ss1_compile.calibration.statistics import statistics_of
 from ss1_compile.config import LayerQuantization
 from ss1_compile.learned import Structure
-from ss1_compile.projection import Projection
-from ss1_compile.quantized_projection import project_layer
-from ss1_compile.statistics import statistics_of
+from ss1_compile.projection.project import Projection
+from ss1_compile.quantization.projection import project_layer
 
 _spec_ids = itertools.count()
 _specs: dict[tuple[Any, ...], int] = {}

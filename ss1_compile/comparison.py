@@ -12,9 +12,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from ss1_compile.calibration.observer import Forward, Quietly, run_batch
 from ss1_compile.errors import CalibrationError, ConfigError
 from ss1_compile.modules import SS1Linear
-from ss1_compile.observer import Forward, Quietly, run_batch
 from ss1_compile.report import render
 
 

@@ -21,8 +21,8 @@ from ss1_compile.kernels.lowering import Choice
 from ss1_compile.learned import Structure
 from ss1_compile.passes import Site, Skipped
 from ss1_compile.passes.frozen import example
-from ss1_compile.projection import Projection
-from ss1_compile.quantized_projection import QuantizedProjection, report_of
+from ss1_compile.projection.project import Projection
+from ss1_compile.quantization.projection import QuantizedProjection, report_of
 from ss1_compile.report import LayerReport, Report, tensor_bytes
 
 

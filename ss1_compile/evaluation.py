@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ss1_compile.calibration.observer import Quietly, attention_mask, run_batch
 from ss1_compile.errors import CalibrationError, ConfigError
-from ss1_compile.observer import Quietly, attention_mask, run_batch
 
 Output = Callable[[nn.Module, Any], Tensor]
 """``output(model, batch)``: what of the model's results matters, ``[..., features]``."""

@@ -18,21 +18,21 @@ import ss1_compile.kernels.experts  # noqa: F401 - registers torch.ops.ss1
 from ss1_compile.errors import StructureError
 from ss1_compile.kernels.layout import block_n
 from ss1_compile.learned import LearnedStructure, Structure, structure_of
-from ss1_compile.projection import Projection, project
+from ss1_compile.projection.project import Projection, project
 from ss1_compile.structure import SS1Structure
 
 
 def project_experts(
     weight: Tensor, structure: Structure, bias: Tensor | None = None, **options: Any
 ) -> Projection:
-    """:func:`~ss1_compile.projection.project` of ``[N, K]``, or of each matrix of ``[E, N, K]``.
+    """:func:`ss1_compile.project` of ``[N, K]``, or of each matrix of ``[E, N, K]``.
 
     With experts z is ``[E, N, K_c]``, there is no bias, statistics are those of all their inputs
     together, and the error is the root mean square of theirs. Learned blocks are fitted to all
     experts at once, which share them; the error is then that of all their outputs together.
 
     Raises:
-        ProjectionError: see :func:`~ss1_compile.projection.project`; the expert is named.
+        ProjectionError: see :func:`~ss1_compile.projection.project.project`; the expert is named.
     """
     if weight.dim() == 2:
         return project(weight, structure, bias, **options)

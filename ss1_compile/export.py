@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 
+from ss1_compile.calibration.statistics import InputStatistics, Statistics, statistics_of
 from ss1_compile.config import SS1Config
 from ss1_compile.decision import Decisions
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError
@@ -33,10 +34,9 @@ from ss1_compile.passes import (
     find_sites,
     rewrite_sites,
 )
-from ss1_compile.projection import Projection
-from ss1_compile.quantized_projection import QuantizedProjection, project_layer
+from ss1_compile.projection.project import Projection
+from ss1_compile.quantization.projection import QuantizedProjection, project_layer
 from ss1_compile.report import Report
-from ss1_compile.statistics import InputStatistics, Statistics, statistics_of
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER)

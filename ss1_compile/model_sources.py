@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ss1_compile.checkpoint import CONFIG_FILE, TENSORS_FILE
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CheckpointError, ConfigError, MissingPackageError
-from ss1_compile.serialization import load, save
+from ss1_compile.serialization.checkpoint import CONFIG_FILE, TENSORS_FILE
+from ss1_compile.serialization.model import load, save
 
 HUGGINGFACE_DIRECTORY = "huggingface"
 """The folder of a compressed model with its Hugging Face configuration and tokenizer: beside

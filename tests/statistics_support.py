@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ss1_compile.statistics import (
+from ss1_compile.calibration.statistics import (
     InputStatistics,
 )
 

@@ -26,7 +26,7 @@ import onnx
 import onnxruntime as ort
 
 import ss1_compile
-from ss1_compile import _demo_data as data
+from ss1_compile.demo import data
 from ss1_compile.onnx import DOMAIN
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "browser"

@@ -27,9 +27,9 @@ for call in json.loads(sys.argv[1]):
     options = {"warn_error": 3.0, **call["options"]}
     other = copy.deepcopy(model)
     for parameter, copied in zip(model.parameters(), other.parameters(), strict=True):
-        statistics = ss1_compile.statistics.statistics_of(parameter)
+        statistics = ss1_compile.calibration.statistics.statistics_of(parameter)
         if statistics is not None:
-            ss1_compile.statistics.rebind(copied, statistics)
+            ss1_compile.calibration.statistics.rebind(copied, statistics)
     ss1_compile.compress(other, progress=False, **options)
     with torch.no_grad():
         y = torch.compile(model, backend="ss1", options=options)(x)

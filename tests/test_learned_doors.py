@@ -11,12 +11,12 @@ from torch import nn
 
 import ss1_compile
 from ss1_compile import SS1Config, calibrate, compress, compress_exported
-from ss1_compile.checkpoint import CONFIG_FILE, read_config
 from ss1_compile.errors import CheckpointError, StructureError
 from ss1_compile.experts import SS1ExpertLinear, project_experts
 from ss1_compile.kernels import reference
 from ss1_compile.learned import LearnedStructure
 from ss1_compile.modules import SS1Linear
+from ss1_compile.serialization.checkpoint import CONFIG_FILE, read_config
 
 OPTIONS = {"projection": "learned", "reduction": 1.7, "group_size": 32, "warn_error": 1.0}
 

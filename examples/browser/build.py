@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import ss1_compile
 from ss1_compile import SS1Config
-from ss1_compile import _demo_data as data
+from ss1_compile.demo import data
 
 HERE = Path(__file__).resolve().parent
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")

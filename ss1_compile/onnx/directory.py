@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ss1_compile._huggingface import HUGGINGFACE_DIRECTORY
-from ss1_compile.checkpoint import CONFIG_FILE
 from ss1_compile.errors import CheckpointError, ConfigError, ExportError, MissingPackageError
 from ss1_compile.onnx.export import export_file, export_onnx
 from ss1_compile.onnx.verification import ExportReport
-from ss1_compile.serialization import load
+from ss1_compile.serialization.checkpoint import CONFIG_FILE
+from ss1_compile.serialization.model import load
 
 _BATCH = 2
 

@@ -15,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from ss1_compile.calibration.moments import InputStatistics, Moments
 from ss1_compile.config import Quantization, SS1Config
 from ss1_compile.errors import CalibrationError, ConfigError
-from ss1_compile.moments import InputStatistics, Moments
 from ss1_compile.onnx import layers as onnx_layers
 from ss1_compile.onnx.files import ExternalData, check_target, publish, save_model, staging
 from ss1_compile.onnx.finding import FoundLinear, find_linears
@@ -25,7 +25,7 @@ from ss1_compile.onnx.operators import DOMAIN, VERSION, Operator
 from ss1_compile.onnx.quantization import EIGHT_BITS, SEVEN_BITS, check_quantization, quantize
 from ss1_compile.onnx.runner import Runner, to_numpy, to_torch
 from ss1_compile.onnx.untrusted import read_model
-from ss1_compile.projection import project
+from ss1_compile.projection.project import project
 from ss1_compile.report import LayerReport, Report
 from ss1_compile.structure import SS1Structure
 

@@ -6,10 +6,10 @@ from torch import nn
 import ss1_compile
 from ss1_compile import SS1Config
 from ss1_compile._huggingface import compress_directory
-from ss1_compile.checkpoint import CONFIG_FILE
 from ss1_compile.errors import CheckpointError, ConfigError, ExportError
 from ss1_compile.onnx.directory import example_inputs, export_directory, export_path, load_directory
 from ss1_compile.onnx.runner import relative_error
+from ss1_compile.serialization.checkpoint import CONFIG_FILE
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 

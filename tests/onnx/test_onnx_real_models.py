@@ -24,7 +24,7 @@ def models(monkeypatch):
 
 
 def pretrained():
-    from ss1_compile._demo_data import load_model
+    from ss1_compile.demo.data import load_model
 
     try:
         return load_model()

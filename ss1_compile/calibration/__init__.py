@@ -1,0 +1,1 @@
+"""What a model's inputs say about each of its layers."""

@@ -1,0 +1,1 @@
+"""The door that swaps the linear modules of a model."""

@@ -1,0 +1,153 @@
+"""What takes the place of the layers that read one input, and their rows of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from ss1_compile.calibration.input_statistics import InputStatistics
+from ss1_compile.compression.layers import Layer
+from ss1_compile.config import SS1Config
+from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
+from ss1_compile.learned import LearnedStructure
+from ss1_compile.modules import SS1Linear
+from ss1_compile.projection.project import check_finite
+from ss1_compile.projection.shared_sketch import SharedSketch, fit_sketch
+from ss1_compile.quantization.projection import layer_of, project_layer, report_of
+from ss1_compile.report import tensor_bytes
+
+
+def find_replacements(
+    layers: Sequence[Layer], config: SS1Config, statistics: InputStatistics | None
+) -> None:
+    """Project layers that read the same input: fill in ``replacement``, ``row`` and ``reason``.
+
+    Learned sketches are fitted together and shared if the configuration says so.
+
+    Args:
+        layers: with structures.
+        config: says how.
+        statistics: of their input, or ``None`` if it is not known.
+
+    Raises:
+        ProjectionError: a weight cannot be projected; the layer is named.
+    """
+    sharing: dict[object, list[Layer]] = {}
+    for layer in layers:
+        sharing.setdefault(_sharing_key(layer, config, statistics), []).append(layer)
+    for key, together in sharing.items():
+        if key is None or statistics is None:
+            for layer in together:
+                _find_replacement(layer, config, statistics)
+        else:
+            for members in [together] if config.share_sketches else [[x] for x in together]:
+                _find_shared(members, config, statistics)
+
+
+def _sharing_key(layer: Layer, config: SS1Config, statistics: InputStatistics | None) -> object:
+    """What layers with a sketch in common have in common; ``None`` if its sketch is its own.
+
+    Experts share blocks already, and blocks of their own for each of J column blocks are wanted
+    for themselves.
+    """
+    structure = layer.structure
+    free = isinstance(structure, LearnedStructure) and structure.num_hashes == 1
+    if statistics is None or not free or layer.given or isinstance(layer.module, ExpertLinear):
+        return None
+    weight = layer.weight
+    reduction = config.reduction_for(layer.name, *reversed(layer.shape))
+    return reduction, weight.dtype, weight.device, layer.bias is None
+
+
+def _find_shared(layers: Sequence[Layer], config: SS1Config, statistics: InputStatistics) -> None:
+    first = layers[0]
+    reduction = config.reduction_for(first.name, *reversed(first.shape))
+    assert not isinstance(reduction, str)
+    for layer in layers:
+        check_finite(layer.matrices.detach(), "weight", layer.name)
+    shared = fit_sketch(
+        [layer.matrices.detach() for layer in layers],
+        statistics,
+        reduction,
+        centred=first.bias is not None,
+        group_size=config.group_size,
+        damping=config.damping,
+        asymmetry=config.asymmetry,
+        name=first.name,
+    )
+    for layer in layers:
+        layer.structure = shared.structure(layer.matrices)
+        _find_replacement(layer, config, statistics, shared)
+    replaced = [layer for layer in layers if isinstance(layer.replacement, SS1Linear)]
+    for layer in replaced:
+        assert isinstance(layer.replacement, SS1Linear)
+        assert isinstance(replaced[0].replacement, SS1Linear)
+        assert layer.row is not None
+        layer.replacement.sketch = replaced[0].replacement.sketch
+        part = layer.shape[0] / sum(other.shape[0] for other in replaced)
+        own = layer.replacement.z.numel() + shared.blocks.numel() * part
+        stored = layer.row.bytes_after
+        if layer is not replaced[0]:
+            stored -= tensor_bytes([layer.replacement.sketch])
+        layer.row = replace(layer.row, reduction=layer.weight.numel() / own, bytes_after=stored)
+
+
+def _find_replacement(
+    layer: Layer,
+    config: SS1Config,
+    statistics: InputStatistics | None,
+    shared: SharedSketch | None = None,
+) -> None:
+    assert layer.structure is not None
+    module = layer.module
+    row = layer.row_as_it_is()
+    if config.projection == "calibrated" and statistics is None:
+        reason = "the calibration data never reached it"
+        layer.row, layer.reason = replace(row, reason=reason), reason
+        return
+    projection = project_layer(
+        layer.matrices.detach(),
+        layer.structure,
+        None if layer.bias is None else layer.bias.detach(),
+        quantization=config.quantization_for(layer.name),
+        statistics=statistics,
+        method=config.projection,
+        damping=config.damping if shared is None else shared.damping,
+        asymmetry=config.asymmetry if shared is None else shared.asymmetry,
+        sketch=None if shared is None else shared.blocks,
+        name=layer.name,
+    )
+    row = replace(
+        row,
+        error=projection.error,
+        error_of=projection.error_of,
+        projection=projection.method,
+    )
+    if config.max_error is not None and projection.error > config.max_error:
+        layer.reason = (
+            f"relative error {projection.error:.3f} exceeds max_error = {config.max_error}"
+        )
+        layer.row = replace(row, reason=layer.reason)
+        return
+    trained = layer.weight.requires_grad
+    bias: nn.Parameter | None = None
+    replacement: SS1Linear | SS1ExpertLinear
+    sketch = projection.sketch if layer.structure.kind == "learned" else None
+    if isinstance(module, ExpertLinear):
+        z = nn.Parameter(projection.z, trained)
+        replacement = SS1ExpertLinear(layer.structure, z, sketch)
+    else:
+        if projection.bias is not None and layer.bias is not None:
+            bias = nn.Parameter(projection.bias, layer.bias.requires_grad)
+        replacement = layer_of(projection, layer.structure, bias, trained, layer.weight.dtype)
+    layer.replacement = replacement.train(module.training)
+    scale = getattr(replacement, "scale", None)
+    after = tensor_bytes([replacement.z, scale, bias, replacement.sketch])
+    layer.row = replace(
+        row,
+        bytes_after=after,
+        reduction=layer.structure.reduction,
+        **report_of(projection),
+    )

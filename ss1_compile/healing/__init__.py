@@ -1,0 +1,1 @@
+"""Distil the dense model into the compressed one."""

@@ -1,0 +1,234 @@
+"""``heal``: distil the dense model into the compressed one, for minutes and without labels.
+
+First, if asked for, block by block: every block learns to do what the dense one does, on the dense
+model's hidden states. Then end to end: outputs and hidden states of the whole model. Only what a
+compressed model has little of is trained: z, learned sketches, biases and norms.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from ss1_compile.config import reject_unknown_keys
+from ss1_compile.errors import CalibrationError, ConfigError, TrainingError
+from ss1_compile.evaluation import Evaluation, Output
+from ss1_compile.experts import SS1ExpertLinear
+from ss1_compile.healing.config import HealConfig, Healing
+from ss1_compile.healing.loss import Distillation
+from ss1_compile.healing.prepare import make_accelerator, precision_of, prepared, to_device
+from ss1_compile.healing.state import HealingState, read_state, write_state
+from ss1_compile.modules import SS1Linear
+
+
+def heal(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    config: HealConfig | None = None,
+    *,
+    held_out: Iterable[Any] | None = None,
+    metric: str | Callable[[nn.Module], float] = "cosine",
+    output: Output | None = None,
+    directory: str | Path | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Healing:
+    """Train ``model``, in place, to compute what ``teacher`` does.
+
+    The same seed, data, model and device give the same result, also when a run was interrupted and
+    resumed. Dropout is off. Parameters of 16-bit models are float32 while they train and are
+    converted back at the end.
+
+    Args:
+        model: compressed (:func:`ss1_compile.compress`), on the device to train on.
+        teacher: the dense model, on the same device; it is not changed.
+        data: batches, on any device, as in :func:`ss1_compile.calibrate`; all are kept, and run
+            through in a new order each time.
+        config: how; or pass the fields of :class:`HealConfig` as keywords.
+        held_out: batches to evaluate on before, after and every ``evaluate_every`` steps.
+        metric: ``"cosine"`` of the outputs to the teacher's, ``"perplexity"``, or a function of the
+            model; for ``held_out``, or a function also without.
+        output: ``output(model, batch)``: what to match in place of the model's ``logits``,
+            ``last_hidden_state`` or first tensor. Differentiable.
+        directory: where the state is written, as safetensors; if there is one of the same run, it
+            is resumed.
+        progress: show a progress bar with the loss and the time left.
+        **options: fields of :class:`HealConfig`, in place of ``config``.
+
+    Raises:
+        ConfigError: bad options, no SS1 layers, no repeated blocks for ``block_steps``, a model
+            without gradient checkpointing.
+        CalibrationError: no batches.
+        TrainingError: the loss is not finite.
+        CheckpointError: the directory has the state of another run.
+        MissingPackageError: accelerate is not installed.
+    """
+    if config is not None and options:
+        raise ConfigError(f"pass either config or options, not both ({', '.join(options)})")
+    config = HealConfig(**_known(options)) if config is None else config
+    model, teacher = (getattr(m, "_orig_mod", m) for m in (model, teacher))
+    if not any(isinstance(m, SS1Linear | SS1ExpertLinear) for m in model.modules()):
+        raise ConfigError("the model has no SS1 layers; compress it first (ss1_compile.compress)")
+    batches = list(data)
+    if not batches:
+        raise CalibrationError("there are no batches to heal with")
+    evaluation = None
+    if held_out is not None or callable(metric):
+        evaluation = Evaluation(metric, teacher, held_out or (), output)
+    loss_of = Distillation(model, teacher, config.hidden_weight, output)
+    if config.block_steps and not loss_of.blocks:
+        raise ConfigError(
+            "block_steps needs a ModuleList or Sequential with SS1 layers in several members, "
+            "which this model has not; use block_steps=0"
+        )
+    run = _Run(model, config, batches, loss_of, evaluation, directory)
+    with prepared(model, teacher, config) as trained:
+        run.train(trained, progress)
+    return run.result
+
+
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    reject_unknown_keys(options, [field.name for field in fields(HealConfig)])
+    return dict(options)
+
+
+class _Run:
+    """One healing, from its first step or from a state on disk."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: HealConfig,
+        batches: list[Any],
+        loss_of: Distillation,
+        evaluation: Evaluation | None,
+        directory: str | Path | None,
+    ) -> None:
+        self.model, self.config, self.batches = model, config, batches
+        self.loss_of, self.evaluation = loss_of, evaluation
+        self.directory = None if directory is None else Path(directory)
+        self.precision = precision_of(model, config)
+        self.sixteen = any(p.element_size() == 2 for p in model.parameters())
+        self.result = Healing(metric=None if evaluation is None else evaluation.name)
+
+    def train(self, trained: dict[str, nn.Parameter], progress: bool) -> None:
+        """All steps that are still to be done."""
+        config = self.config
+        total = config.block_steps + config.steps
+        optimizer = torch.optim.AdamW(
+            trained.values(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        device = next(self.model.parameters()).device
+        with make_accelerator(self.precision, device) as accelerator:
+            self._resume(trained, optimizer)
+            result = self.result
+            result.trained = sum(p.numel() for p in trained.values())
+            if result.steps == 0:
+                self._evaluate("blocks" if config.block_steps else "model", accelerator)
+            losses: list[Tensor] = []
+            with _bar(progress) as bar:
+                task = bar.add_task("healing", total=total, completed=result.steps, loss="")
+                for step in range(result.steps, total):
+                    started = time.perf_counter()
+                    phase = "blocks" if step < config.block_steps else "model"
+                    for group in optimizer.param_groups:
+                        group["lr"] = config.learning_rate * _rate(step, config)
+                    batch = to_device(self.batches[self._at(step)], device)
+                    with accelerator.autocast():
+                        blocks = phase == "blocks"
+                        compute = self.loss_of.block_by_block if blocks else self.loss_of.end_to_end
+                        loss = compute(batch)
+                    accelerator.backward(loss)
+                    accelerator.clip_grad_norm_(list(trained.values()), config.clip)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    losses.append(loss.detach())
+                    result.steps = step + 1
+                    result.seconds += time.perf_counter() - started
+                    last = result.steps in (total, config.block_steps)
+                    if len(losses) == 10 or last:
+                        self._note(phase, losses)
+                        bar.update(task, loss=f"loss {result.curve[-1]['loss']:.4g}")
+                        losses = []
+                    every = config.evaluate_every
+                    if last or (every and result.steps % every == 0):
+                        self._evaluate(phase, accelerator)
+                    if self.directory and (last or result.steps % config.save_every == 0):
+                        self._save(trained, optimizer)
+                    bar.update(task, completed=result.steps)
+
+    def _at(self, step: int) -> int:
+        """The batch of a step: all batches in a new order each time through."""
+        epoch, index = divmod(step, len(self.batches))
+        generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
+        return int(torch.randperm(len(self.batches), generator=generator)[index])
+
+    def _note(self, phase: str, losses: list[Tensor]) -> None:
+        loss = float(torch.stack(losses).mean())
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {self.result.steps}; lower learning_rate "
+                f"({self.config.learning_rate}), or use precision='float32'"
+            )
+        entry = {"step": self.result.steps, "phase": phase, "loss": loss}
+        self.result.curve.append({**entry, "seconds": round(self.result.seconds, 2)})
+
+    def _evaluate(self, phase: str, accelerator: Any) -> None:
+        if self.evaluation is None:
+            return
+        # Parameters of 16-bit models are float32 meanwhile, their inputs are not
+        with accelerator.autocast() if self.sixteen else nullcontext():
+            figure, curve = self.evaluation(self.model), self.result.curve
+        if not curve or curve[-1]["step"] != self.result.steps:
+            entry = {"step": self.result.steps, "phase": phase, "loss": None}
+            curve.append({**entry, "seconds": round(self.result.seconds, 2)})
+        curve[-1]["metric"] = figure
+
+    def _save(self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        assert self.directory is not None
+        state = HealingState(asdict(self.config), len(self.batches), asdict(self.result))
+        write_state(self.directory, state, trained, optimizer)
+
+    def _resume(self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        if self.directory is None:
+            return
+        wanted = HealingState(asdict(self.config), len(self.batches), {})
+        found = read_state(self.directory, wanted, trained, optimizer)
+        if found is not None:
+            self.result = Healing(**{**found.result, "metric": self.result.metric})
+
+
+def _rate(step: int, config: HealConfig) -> float:
+    """Of the learning rate: up over 5 % of the phase, down to a tenth along a cosine."""
+    blocks = step < config.block_steps
+    at = step if blocks else step - config.block_steps
+    length = config.block_steps if blocks else config.steps
+    warm = max(1, round(0.05 * length))
+    if at < warm:
+        return (at + 1) / warm
+    done = (at - warm) / max(1, length - warm)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _bar(progress: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not progress,
+    )

@@ -1,0 +1,181 @@
+"""What healing minimises: how far outputs and hidden states are from the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ss1_compile.calibration.observer import attention_mask
+from ss1_compile.evaluation import Output, outputs
+from ss1_compile.experts import SS1ExpertLinear
+from ss1_compile.modules import SS1Linear
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """``‖student - teacher‖² / ‖teacher‖²`` of rows ``[M, features]``, float32."""
+    a, b = student.float(), teacher.float()
+    return (a - b).square().sum() / b.square().sum().clamp(min=1e-20)
+
+
+def output_loss(student: Tensor, teacher: Tensor, logits: bool) -> Tensor:
+    """Of rows ``[M, features]``, float32.
+
+    ``KL(softmax teacher ‖ softmax student)`` per row for logits (Hinton et al., 2015, temperature
+    1); else ``1 - cosine`` plus the relative squared error.
+    """
+    a, b = student.float(), teacher.float()
+    if logits:
+        return F.kl_div(
+            a.log_softmax(-1), b.log_softmax(-1), reduction="batchmean", log_target=True
+        )
+    return (1 - F.cosine_similarity(a, b, dim=-1)).mean() + relative_error(a, b)
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of the model that have SS1 layers.
+
+    They are members of one ``ModuleList`` or ``Sequential``, the one with the most such members;
+    none if no two members have any.
+    """
+
+    def compressed(block: nn.Module) -> bool:
+        return any(isinstance(m, SS1Linear | SS1ExpertLinear) for m in block.modules())
+
+    best: dict[str, nn.Module] = {}
+    for path, container in model.named_modules():
+        if isinstance(container, nn.ModuleList | nn.Sequential):
+            prefix = f"{path}." if path else ""
+            members = {prefix + name: child for name, child in container.named_children()}
+            found = {name: child for name, child in members.items() if compressed(child)}
+            if len(found) > max(1, len(best)):
+                best = found
+    return best
+
+
+class Hidden:
+    """The hidden state before and after each block, as the forward pass goes by.
+
+    Attributes:
+        before: name → first tensor argument of the last call.
+        after: name → first tensor of its result.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, Tensor] = {}
+        self.after: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watch(
+        self, model: nn.Module, names: Sequence[str], replace: Mapping[str, Tensor] | None = None
+    ) -> Iterator[None]:
+        """Fill both while the context is open; blocks are given ``replace[name]`` as their input.
+
+        Args:
+            model: has the blocks.
+            names: of the blocks.
+            replace: hidden states to hand to the blocks in place of what they are called with.
+        """
+        with ExitStack() as stack:
+            for name in names:
+                block = model.get_submodule(name)
+                given = None if replace is None else replace.get(name)
+                before = block.register_forward_pre_hook(
+                    self._before(name, given), with_kwargs=True
+                )
+                stack.callback(before.remove)
+                stack.callback(block.register_forward_hook(self._after(name)).remove)
+            yield
+
+    def _before(self, name: str, given: Tensor | None) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            at, key = _first_tensor(args, kwargs)
+            if at is None and key is None:
+                return None
+            self.before[name] = args[at] if at is not None else kwargs[key]
+            if given is None:
+                return None
+            if at is not None:
+                return (*args[:at], given, *args[at + 1 :]), kwargs
+            return args, {**kwargs, key: given}
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            if isinstance(result, tuple | list) and result:
+                result = result[0]
+            if isinstance(result, Tensor):
+                self.after[name] = result
+
+        return hook
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, Any]:
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return i, None
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return None, key
+    return None, None
+
+
+class Distillation:
+    """The loss of one batch, end to end or block by block.
+
+    Args:
+        student: the compressed model.
+        teacher: the dense model, in eval mode.
+        hidden_weight: of the mean relative squared error of the blocks' outputs.
+        output: see :func:`ss1_compile.evaluation.outputs`.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, hidden_weight: float, output: Output | None
+    ) -> None:
+        self._student, self._teacher = student, teacher
+        self._weight, self._output = hidden_weight, output
+        modules = dict(teacher.named_modules())
+        self.blocks = [name for name in blocks_of(student) if name in modules]
+
+    def end_to_end(self, batch: Any) -> Tensor:
+        """Loss of the outputs, plus the weighted one of the hidden states."""
+        names = self.blocks if self._weight else []
+        dense, made = Hidden(), Hidden()
+        with torch.no_grad(), dense.watch(self._teacher, names):
+            wanted, logits = outputs(self._teacher, batch, self._output)
+        with made.watch(self._student, names):
+            got, _ = outputs(self._student, batch, self._output)
+        loss = output_loss(got, wanted, logits)
+        if names:
+            loss = loss + self._weight * self._hidden(made.after, dense.after, batch)
+        return loss
+
+    def block_by_block(self, batch: Any) -> Tensor:
+        """Mean relative squared error of the blocks, each on the *dense* model's hidden state.
+
+        So every block learns by itself and all of them at once; no gradient crosses a block.
+        """
+        dense, made = Hidden(), Hidden()
+        with torch.no_grad(), dense.watch(self._teacher, self.blocks):
+            outputs(self._teacher, batch, self._output)
+        with made.watch(self._student, self.blocks, replace=dense.before):
+            outputs(self._student, batch, self._output)
+        return self._hidden(made.after, dense.after, batch)
+
+    def _hidden(
+        self, made: Mapping[str, Tensor], dense: Mapping[str, Tensor], batch: Any
+    ) -> Tensor:
+        mask = attention_mask(batch)
+        errors = []
+        for name, wanted in dense.items():
+            got = made[name]
+            if mask is not None and wanted.dim() > 2 and wanted.shape[:2] == mask.shape:
+                got, wanted = got[mask.to(got.device)], wanted[mask.to(wanted.device)]
+            errors.append(relative_error(got.flatten(0, -2), wanted.flatten(0, -2)))
+        return torch.stack(errors).mean()

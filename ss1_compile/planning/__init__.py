@@ -1,0 +1,1 @@
+"""Which layers to compress how much, for a budget or a quality."""

@@ -1,0 +1,1 @@
+"""From a dense weight to the z, and the learned sketch, that take its place."""

@@ -1,0 +1,1 @@
+"""Int8 and fp8 z: rounding it, and what that costs."""

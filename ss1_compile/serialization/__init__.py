@@ -1,0 +1,1 @@
+"""Compressed models on disk: safetensors and JSON, validated before use."""

@@ -1,0 +1,1 @@
+"""Size, latency and quality over reductions and methods, and the page that shows them."""

@@ -1,0 +1,244 @@
+"""Healing: it helps, resumes exactly, leaves everything else alone, and says what is wrong."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import ss1_compile
+from ss1_compile.errors import CalibrationError, CheckpointError, ConfigError, TrainingError
+from ss1_compile.healing.loss import Distillation, blocks_of, output_loss
+from ss1_compile.healing.state import STATE_FILE
+
+pytest.importorskip("accelerate")
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.dropout(self.down(self.up(self.norm(x)).relu()))
+
+
+class Stack(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.head = nn.Linear(width, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.fixture(scope="module")
+def case():
+    torch.manual_seed(0)
+    teacher = Stack().eval()
+    mixing = torch.randn(16, 32)
+    batches = [torch.randn(24, 16) @ mixing for _ in range(8)]
+    model = copy.deepcopy(teacher)
+    ss1_compile.compress(
+        model, calibration=batches, projection="learned", reduction=4, exclude=("head",),
+        warn_error=10.0, progress=False,
+    )  # fmt: skip
+    return model, teacher, batches, [torch.randn(24, 16) @ mixing for _ in range(4)]
+
+
+def heal(case, **options):
+    model, teacher, batches, held_out = case
+    model = copy.deepcopy(model)
+    options = {"steps": 60, "learning_rate": 3e-3, "progress": False, **options}
+    return model, ss1_compile.heal(model, teacher, batches, held_out=held_out, **options)
+
+
+@pytest.mark.parametrize("blocks", [0, 40])
+def test_the_cosine_on_unseen_inputs_climbs(case, blocks):
+    before = {name: p.clone() for name, p in case[1].state_dict().items()}
+    model, result = heal(case, block_steps=blocks, evaluate_every=30)
+    start, end = result.figures
+    assert 1 - end < 0.6 * (1 - start)
+    with torch.no_grad():
+        x = torch.cat(case[3])
+        cosine = nn.functional.cosine_similarity(model(x), case[1](x), dim=-1).mean().item()
+    assert cosine == pytest.approx(end, abs=1e-5)
+    assert result.steps == 60 + blocks
+    phases = [entry["phase"] for entry in result.curve]
+    assert phases == sorted(phases)  # blocks, then model
+    assert {"blocks", "model"} >= set(phases)
+    assert ("blocks" in phases) == bool(blocks)
+    losses = [e["loss"] for e in result.curve if e["phase"] == "model" and e["loss"] is not None]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(before[name], p) for name, p in case[1].state_dict().items())
+    assert "cosine" in str(result)
+    assert f"{end:.4f}" in str(result)
+
+
+def test_only_the_small_parts_are_trained_and_flags_come_back(case):
+    model, teacher, batches, _ = case
+    model = copy.deepcopy(model).train()
+    model.blocks[0].up.z.requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    result = ss1_compile.heal(model, teacher, batches, steps=3, progress=False)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == set(before) - {"head.weight"}
+    assert result.trained == sum(before[name].numel() for name in changed)
+    assert not model.blocks[0].up.z.requires_grad
+    assert model.head.weight.requires_grad
+    assert model.training
+    assert model.blocks[1].dropout.training
+    assert all(p.grad is None for p in model.parameters())
+    assert result.figures is None
+    ss1_compile.heal(model, teacher, batches, steps=1, train="all", progress=False)
+    assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+def test_the_same_seed_gives_the_same_model_also_when_resumed(case, tmp_path):
+    once, whole = heal(case, steps=40, block_steps=10, seed=3)
+    again, _ = heal(case, steps=40, block_steps=10, seed=3)
+    other, _ = heal(case, steps=40, block_steps=10, seed=4)
+
+    class Interrupted(Exception):
+        pass
+
+    calls = 0
+
+    def metric(model):
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # at the beginning, after the blocks, at step 20, and at step 40
+            raise Interrupted
+        return 0.0
+
+    options = {
+        "steps": 40, "block_steps": 10, "seed": 3, "evaluate_every": 20, "save_every": 10,
+        "directory": tmp_path,
+    }  # fmt: skip
+    with pytest.raises(Interrupted):
+        heal(case, metric=metric, **options)
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
+    resumed, result = heal(case, metric=lambda model: 1.0, **options)
+    assert result.steps == 50
+    assert [e["step"] for e in result.curve if e["loss"] is not None] == [10, 20, 30, 40, 50]
+    assert [e["step"] for e in whole.curve if e["loss"] is not None] == [10, 20, 30, 40, 50]
+    for (name, a), b, c, d in zip(
+        once.named_parameters(), again.parameters(), resumed.parameters(), other.parameters(),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(a, b), name
+        assert torch.equal(a, c), name
+        assert torch.equal(a, d) == (name == "head.weight"), name
+
+
+def test_states_of_other_runs_are_refused(case, tmp_path):
+    heal(case, steps=5, directory=tmp_path)
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        heal(case, steps=5, learning_rate=1e-4, directory=tmp_path)
+    model, teacher, batches, _ = case
+    with pytest.raises(CheckpointError, match=r"number of batches \(8, now 7\)"):
+        ss1_compile.heal(
+            copy.deepcopy(model), teacher, batches[:7], steps=5, learning_rate=3e-3,
+            directory=tmp_path, progress=False,
+        )  # fmt: skip
+    path = tmp_path / STATE_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        heal(case, steps=5, directory=tmp_path)
+
+
+def test_16_bit_models_train_in_float32_and_autocast(case):
+    model, teacher, batches, _ = case
+    model = copy.deepcopy(model).bfloat16()
+    dense = copy.deepcopy(teacher).bfloat16()
+    batches = [batch.bfloat16() for batch in batches]
+    result = ss1_compile.heal(
+        model, dense, batches, steps=60, learning_rate=3e-3, precision="bfloat16", progress=False,
+        held_out=batches[:2],
+    )  # fmt: skip
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert result.figures[1] > result.figures[0]
+    with pytest.raises(ConfigError, match="16 bits"):
+        ss1_compile.heal(model, dense, batches, steps=1, precision="float32", progress=False)
+
+
+def test_losses_against_float64():
+    a, b = torch.randn(2, 5, 7, dtype=torch.float64)
+    p, q = b.softmax(-1), a.softmax(-1)
+    wanted = (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(output_loss(a, b, True).double(), wanted, rtol=1e-5, atol=1e-6)
+    cosine = ((a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)).mean()
+    wanted = 1 - cosine + (a - b).square().sum() / b.square().sum()
+    torch.testing.assert_close(output_loss(a, b, False).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_block_by_block_keeps_gradients_inside_the_block(case):
+    model, teacher, batches, _ = case
+    model = copy.deepcopy(model)
+    assert list(blocks_of(model)) == ["blocks.0", "blocks.1"]
+    loss = Distillation(model, teacher, 1.0, None).block_by_block(batches[0])
+    # each block on the dense hidden state: the mean of what each loses there
+    x, errors = batches[0], []
+    for mine, dense in zip(model.blocks, teacher.blocks, strict=True):
+        wanted = dense(x)
+        errors.append((mine(x) - wanted).square().sum() / wanted.square().sum())
+        x = wanted.detach()
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+    loss.backward()
+    (alone,) = torch.autograd.grad(errors[0] / 2, model.blocks[0].up.z)
+    torch.testing.assert_close(model.blocks[0].up.z.grad, alone)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    teacher = transformers.BertModel(config, add_pooling_layer=False).eval()
+    batches = [{"input_ids": ids} for ids in torch.randint(50, (4, 3, 9))]
+    model = copy.deepcopy(teacher)
+    ss1_compile.compress(
+        model, calibration=batches, reduction=2, warn_error=10.0, projection="learned",
+        progress=False,
+    )  # fmt: skip
+    twin = copy.deepcopy(model)
+    for one, checkpointing in ((model, False), (twin, True)):
+        ss1_compile.heal(
+            one, teacher, batches, steps=3, gradient_checkpointing=checkpointing, progress=False
+        )
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in twin.modules())
+
+
+def test_bad_input_is_named(case):
+    model, teacher, batches, _ = case
+    with pytest.raises(ConfigError, match="no SS1 layers"):
+        ss1_compile.heal(teacher, teacher, batches)
+    with pytest.raises(CalibrationError, match="no batches"):
+        ss1_compile.heal(model, teacher, [])
+    with pytest.raises(ConfigError, match="learning_rate"):
+        ss1_compile.heal(model, teacher, batches, learning_rat=1.0)
+    with pytest.raises(ConfigError, match="gradient_checkpointing_enable"):
+        heal(case, gradient_checkpointing=True)
+    one = nn.Sequential(copy.deepcopy(model.blocks[0]))
+    with pytest.raises(ConfigError, match="block_steps"):
+        ss1_compile.heal(one, teacher.blocks[0], batches, block_steps=2)
+    for bad in (
+        {"steps": 0}, {"steps": -1}, {"steps": 1.5}, {"learning_rate": 0}, {"clip": float("inf")},
+        {"train": "none"}, {"precision": "float16"}, {"save_every": 0},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError):
+            ss1_compile.HealConfig(**bad)
+    with pytest.raises(TrainingError, match="learning_rate"):
+        ss1_compile.heal(
+            copy.deepcopy(model), teacher, [b * float("nan") for b in batches], steps=2,
+            progress=False,
+        )  # fmt: skip
