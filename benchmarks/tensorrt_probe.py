@@ -140,12 +140,30 @@ class Block(nn.Module):
         return x + h
 
 
+class Stack(nn.Module):
+    """Layers in a row.
+
+    A class of its own: the arguments of a bare ``nn.Sequential`` are ``args[0]`` to Dynamo, which
+    Torch-TensorRT 2.11 cannot make dynamic (``'GetItemSource' object has no attribute
+    'local_name'``; mended in 2.13).
+    """
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """All layers, one after the other."""
+        y: torch.Tensor = self.layers(x)
+        return y
+
+
 def models() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     uneven = SS1Linear(SS1Structure.create(200, 90, 3, num_hashes=4))
     stack = nn.Sequential(Block(), Block(), nn.Linear(256, 200), nn.ReLU())
     compress(stack, SS1Config(reduction=4, warn_error=1.0))
-    return {"blocks": stack.append(uneven).eval().cuda()}
+    return {"blocks": Stack(stack.append(uneven)).eval().cuda()}
 
 
 def numerics(model: nn.Module, dtype: torch.dtype, backend: str) -> dict[str, Any]:

@@ -133,9 +133,10 @@ def test_every_implementation_runs_on_any_strides(kind, dynamic, kernels):
         pytest.importorskip("triton")
         if not torch.cuda.is_available():
             pytest.skip("its CPU fall-backs are those of the portable module")
-    x, sketch, z, scale, b = make(kind)
+    device = "cuda" if kernels is quantized_cuda else "cpu"
+    x, sketch, z, scale, b = (t.to(device) for t in make(kind))
     expected = OPS.linear_quantized(x, sketch, z, scale, b, dynamic)
-    wide = torch.randn(5, 90)
+    wide = torch.randn(5, 90, device=device)
     wide[:, ::2] = x
     y = kernels.linear(wide[:, ::2], sketch, z.t().contiguous().t(), scale, b, dynamic)
     assert_close(y, expected.double())
