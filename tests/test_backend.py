@@ -9,7 +9,7 @@ from backend_support import D, Mlp, assert_same, call_compiled, compiled, in_pla
 from torch import nn
 
 from ss1_compile import Report, SS1Config, compress
-from ss1_compile import backend as backend_module
+from ss1_compile.backend.captured import qualified_name
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +170,7 @@ def test_functional_spellings():
     ],
 )
 def test_names_are_read_from_every_form_of_source(source, name):
-    assert backend_module._qualified_name(source) == name
+    assert qualified_name(source) == name
 
 
 def test_config_means_the_same_as_in_compress():

@@ -8,38 +8,37 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import os
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
 
 from ss1_compile.calibration.statistics import InputStatistics, Statistics, statistics_of
 from ss1_compile.config import SS1Config
 from ss1_compile.decision import Decisions
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError
+from ss1_compile.export.graphs import copy_graph, memory_of, placeholders
+from ss1_compile.export.inputs import NewInputs
 from ss1_compile.learned import Structure
 from ss1_compile.nested import nested_linears
 from ss1_compile.passes import (
     PassTrace,
     Site,
     Skipped,
-    WeightSource,
     expand_linears,
     find_sites,
     rewrite_sites,
 )
 from ss1_compile.projection.project import Projection
-from ss1_compile.quantization.projection import QuantizedProjection, project_layer
+from ss1_compile.quantization.projection import project_layer
 from ss1_compile.report import Report
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-_STATE = (InputKind.PARAMETER, InputKind.BUFFER)
 
 
 def compress_exported(
@@ -96,7 +95,7 @@ def compress_exported(
     config = config or SS1Config.from_dict(options)
     _check_calibration(ep, calibration)
     with torch.no_grad():
-        rewriting = _Rewriting(ep, config, calibration, structures or {}, debug_dir)
+        rewriting = Rewriting(ep, config, calibration, structures or {}, debug_dir)
         rewriting.decide()
         report = rewriting.decisions.report
         report.require_some(config)
@@ -120,7 +119,7 @@ def _check_calibration(ep: ExportedProgram, calibration: object) -> None:
         )
 
 
-class _Rewriting:
+class Rewriting:
     """A copy of a program on its way to the compressed one."""
 
     def __init__(
@@ -133,13 +132,13 @@ class _Rewriting:
     ) -> None:
         self.ep, self.config, self.calibration = ep, config, calibration
         self.decisions = Decisions(config, structures)
-        self.graph = _copy(ep.graph)
+        self.graph = copy_graph(ep.graph)
         self.trace = PassTrace(self.graph, ep.graph_module, debug_dir)
         self.tensors: dict[str, Any] = {**ep.constants, **ep.state_dict}
         self.specs: dict[fx.Node, InputSpec] = {
             node: dataclasses.replace(spec, arg=copy.copy(spec.arg))
             for node, spec in zip(
-                _placeholders(self.graph), ep.graph_signature.input_specs, strict=True
+                placeholders(self.graph), ep.graph_signature.input_specs, strict=True
             )
         }
         self.names: dict[fx.Node, str] = {  # of everything that may be a weight
@@ -150,7 +149,7 @@ class _Rewriting:
         self.aliases: dict[Any, list[str]] = {}
         for name, tensor in self.tensors.items():
             if isinstance(tensor, Tensor):
-                self.aliases.setdefault(_memory(tensor), []).append(name)
+                self.aliases.setdefault(memory_of(tensor), []).append(name)
         self.projections: dict[Site, tuple[str, Structure, Projection]] = {}
 
     # --- deciding -----------------------------------------------------------------------------
@@ -243,7 +242,7 @@ class _Rewriting:
         return tensor
 
     def _statistics(self, weight: Tensor) -> InputStatistics | None:
-        for alias in self.aliases[_memory(weight)] if self.calibration is not None else ():
+        for alias in self.aliases[memory_of(weight)] if self.calibration is not None else ():
             if alias in cast(Statistics, self.calibration):
                 return cast(Statistics, self.calibration)[alias]
         return statistics_of(weight)
@@ -254,7 +253,7 @@ class _Rewriting:
         module = str(stack[-1][0]) if stack else ""
         if target is None:
             return module or node.name
-        if f"{module}.weight" in self.aliases[_memory(self.tensors[target])]:
+        if f"{module}.weight" in self.aliases[memory_of(self.tensors[target])]:
             return module
         return target.removesuffix(".weight")
 
@@ -262,7 +261,7 @@ class _Rewriting:
 
     def rewrite(self) -> ExportedProgram:
         """Rewrite graph, signature and tensors, and make a program of them."""
-        inputs = _NewInputs(self)
+        inputs = NewInputs(self)
         sources = {
             site: inputs.source(site, name, structure, projection)
             for site, (name, structure, projection) in self.projections.items()
@@ -282,7 +281,7 @@ class _Rewriting:
             root=old.graph_module,
             graph=self.graph,
             graph_signature=ExportGraphSignature(
-                input_specs=[self.specs[node] for node in _placeholders(self.graph)],
+                input_specs=[self.specs[node] for node in placeholders(self.graph)],
                 output_specs=[
                     dataclasses.replace(spec, arg=copy.copy(spec.arg))
                     for spec in signature.output_specs
@@ -313,17 +312,19 @@ class _Rewriting:
 
     def _twins(self, root: fx.Node) -> list[fx.Node]:
         """The other placeholders of a tied weight. ``torch.export`` uses one of them."""
-        memory = _memory(self.old_tensor(root))
+        memory = memory_of(self.old_tensor(root))
         return [
             node
             for node in self.names
-            if node is not root and node in self.specs and _memory(self.old_tensor(node)) == memory
+            if node is not root
+            and node in self.specs
+            and memory_of(self.old_tensor(node)) == memory
         ]
 
     def own_names(self, root: fx.Node) -> list[str]:
         """The names of a placeholder's tensor, without those that another placeholder has."""
         others = {spec.target for node, spec in self.specs.items() if node is not root}
-        aliases = self.aliases[_memory(self.old_tensor(root))]
+        aliases = self.aliases[memory_of(self.old_tensor(root))]
         return [alias for alias in aliases if alias not in others]
 
     def old_tensor(self, root: fx.Node) -> Tensor:
@@ -331,124 +332,3 @@ class _Rewriting:
         name = self.names[root]
         tensor: Tensor = self.ep.state_dict.get(name, self.ep.constants.get(name))
         return tensor
-
-
-class _NewInputs:
-    """The inputs that a rewritten graph gains: z, sketch and, if need be, bias."""
-
-    def __init__(self, rewriting: _Rewriting) -> None:
-        self.rewriting = rewriting
-        self.specs, self.tensors = rewriting.specs, rewriting.tensors
-        self.taken = set(self.tensors)
-        fakes = [node.meta.get("val") for node in rewriting.graph.nodes]
-        self.fake_mode = torch._guards.detect_fake_mode(fakes)
-        self.pending: dict[int, tuple[InputKind, str, fx.Node]] = {}  # by id of the tensor
-        self.z: dict[Any, Tensor] = {}
-        self.scales: dict[Any, Tensor] = {}
-        self.sketches: dict[Any, Tensor] = {}
-
-    def source(
-        self, site: Site, name: str, structure: Structure, projection: Projection
-    ) -> WeightSource:
-        """The tensors of a site. A corrected bias that is its alone keeps its input."""
-        root = site.weight.root
-        target = self.rewriting.names[root]
-        stem = f"{target}_"
-        if f"{name}.weight" in self.taken:
-            stem = f"{name}."
-        elif target == "weight":
-            stem = ""
-        kind = self.specs[root].kind
-        # A bias centres the statistics; otherwise z is the same for all layers of one weight.
-        centred = projection.error_of == "output" and site.bias is not None
-        key = (root, site.weight.key, site.operands.weight_is_kn, structure, centred)
-        quantized = projection if isinstance(projection, QuantizedProjection) else None
-        if key not in self.z:
-            z_kind = kind if quantized is None else InputKind.BUFFER  # frozen
-            self.z[key] = self._add(projection.z, z_kind, f"{stem}z", root)
-            if quantized is not None:
-                self.scales[key] = self._add(
-                    quantized.scale, InputKind.BUFFER, f"{stem}scale", root
-                )
-        sketch, sketch_kind = projection.sketch, InputKind.BUFFER
-        sketch_key: Any
-        if structure.kind == "learned":  # fitted together with z
-            sketch_key, sketch_kind = key, kind
-        else:
-            sketch_key = (sketch.cpu().numpy().tobytes(), sketch.shape, sketch.device)
-        if sketch_key not in self.sketches:
-            self.sketches[sketch_key] = self._add(sketch, sketch_kind, f"{stem}sketch", root)
-        bias = None
-        if projection.bias is not None and site.bias is not None:
-            bias_root = site.bias.root
-            if site.bias.path or set(bias_root.users) != {site.node}:
-                kind = self.specs[bias_root].kind
-                bias = self._add(projection.bias, kind, f"{stem}bias", bias_root)
-            else:
-                value = _like(projection.bias, self.rewriting.old_tensor(bias_root))
-                for alias in self.rewriting.own_names(bias_root):
-                    self.tensors[alias] = value
-        dynamic = quantized is not None and quantized.quantization.dynamic
-        return WeightSource(
-            self.sketches[sketch_key], self.z[key], bias, self.scales.get(key), dynamic
-        )
-
-    def _add(self, value: Tensor, kind: InputKind, name: str, root: fx.Node) -> Tensor:
-        kind = InputKind.PARAMETER if kind is InputKind.PARAMETER else InputKind.BUFFER
-        value = _like(value, self.rewriting.old_tensor(root), kind)
-        unique = name
-        for i in itertools.count(1):
-            if not any(t == unique or t.startswith(f"{unique}.") for t in self.taken):
-                break
-            unique = f"{name}_{i}"
-        self.taken.add(unique)
-        self.tensors[unique] = value
-        self.pending[id(value)] = (kind, unique, root)
-        return value
-
-    def make(self, graph: fx.Graph, _: str, value: Tensor) -> fx.Node:
-        """A placeholder: parameters next to the dense weight, buffers after all other state."""
-        kind, name, root = self.pending[id(value)]
-        letter, place = ("p", graph.inserting_before(root))
-        if kind is InputKind.BUFFER:
-            letter = "b"
-            state = [n for n in _placeholders(graph) if self.specs[n].kind in _STATE]
-            place = graph.inserting_after(state[-1]) if state else place
-        with place:
-            node = graph.placeholder(f"{letter}_{name.replace('.', '_')}")
-        assert self.fake_mode is not None  # the placeholders of an exported program are fake
-        node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
-        persistent = True if kind is InputKind.BUFFER else None
-        self.specs[node] = InputSpec(kind, TensorArgument(node.name), name, persistent)
-        return node
-
-
-def _like(value: Tensor, old: Tensor, kind: InputKind | None = None) -> Tensor:
-    """``value`` as a parameter if ``old`` is one (and ``kind`` allows it)."""
-    if isinstance(old, nn.Parameter) and kind in (None, InputKind.PARAMETER):
-        return nn.Parameter(value, old.requires_grad)
-    return value
-
-
-def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    """Identifies a tensor by its memory: tied weights may be distinct objects after loading."""
-    if isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.layout != torch.strided:
-        return (id(tensor),)
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-
-
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    """A copy whose nodes have the very names of the original, to which signatures refer."""
-    new = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    result = new.graph_copy(graph, mapping, return_output_node=True)
-    assert isinstance(result, tuple)
-    value, output = result
-    new.output(value).meta.update(output.meta)
-    for old, copied in mapping.items():
-        copied.name = old.name
-    return new

@@ -8,25 +8,29 @@ on the way in (:mod:`ss1_compile.binding`); use :func:`ss1_compile.compress` to 
 from __future__ import annotations
 
 import logging
-import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ss1_compile import tensorrt
+from ss1_compile.backend.captured import (
+    copy_graph,
+    fake_mode_of,
+    is_static,
+    is_whole_model,
+    layer_name,
+    module_name,
+)
+from ss1_compile.backend.options import BackendOptions
 from ss1_compile.binding import Recipe, Slot, bind_fresh, bound_call
 from ss1_compile.calibration.statistics import statistics_of
 from ss1_compile.compression.settled import is_settled
-from ss1_compile.config import SS1Config, reject_unknown_keys
 from ss1_compile.decision import Decisions, in_order
 from ss1_compile.errors import ConfigError, TrainingError
 from ss1_compile.fusion import fuse_graph
 from ss1_compile.kernels import lowering
-from ss1_compile.learned import Structure
 from ss1_compile.nested import nested_linears
 from ss1_compile.passes import (
     PassTrace,
@@ -39,7 +43,6 @@ from ss1_compile.passes import (
 )
 from ss1_compile.projection.project import Projection
 from ss1_compile.quantization.projection import QuantizedProjection
-from ss1_compile.report import Report
 
 log = logging.getLogger(__name__)
 
@@ -48,105 +51,6 @@ _SS1_LINEARS = tuple(
     for packet in (torch.ops.ss1.linear, torch.ops.ss1.linear_quantized)
     for target in (packet, packet.default)
 )
-
-_OWN_OPTIONS = (
-    "debug_dir",
-    "dry_run",
-    "fuse",
-    "inner_backend",
-    "inductor",
-    "lowering",
-    "mode",
-    "report",
-    "structures",
-    "tensorrt",
-)
-
-
-@dataclass(frozen=True)
-class BackendOptions:
-    """What ``options={...}`` may hold besides the fields of :class:`SS1Config`.
-
-    Attributes:
-        config: the compression.
-        chosen: whether any field of the compression was given. If none was, what is dense in a
-            model that is compressed already stays dense.
-        debug_dir: a folder to write every graph to, before and after each pass, with a table of
-            what the passes did and how long they took (:mod:`ss1_compile.passes.trace`).
-        dry_run: project and report, and compile the graph as it was captured.
-        fuse: fuse producers, epilogues and sketches of the same input around the SS1 layers, where
-            gradients and autocast are off; ``None`` means on CUDA only.
-        inner_backend: name of the backend that compiles the rewritten graph; for
-            ``"torch_tensorrt"`` (also ``"tensorrt"``) the converters of
-            :mod:`ss1_compile.tensorrt` are registered and nothing is fused here.
-        inductor: Inductor settings for this compilation only (``config_patches``).
-        lowering: run every layer that can with this one of ``kernels.lowering.NAMES`` (on a GPU),
-            instead of the one expected to be fastest.
-        report: a :class:`Report` that receives a row per linear layer.
-        structures: layer name → structure, for weights that are known to have one.
-        tensorrt: Torch-TensorRT settings for this compilation, ``{"min_block_size": 1}`` say.
-    """
-
-    config: SS1Config
-    chosen: bool = True
-    debug_dir: str | os.PathLike[str] | None = None
-    dry_run: bool = False
-    fuse: bool | None = None
-    inner_backend: str = "inductor"
-    inductor: Mapping[str, Any] | None = None
-    lowering: str | None = None
-    report: Report | None = None
-    structures: Mapping[str, Structure] = field(default_factory=dict)
-    tensorrt: Mapping[str, Any] | None = None
-
-    @property
-    def for_tensorrt(self) -> bool:
-        """Whether Torch-TensorRT compiles the rewritten graph."""
-        return self.inner_backend in ("torch_tensorrt", "tensorrt")
-
-    @classmethod
-    def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> BackendOptions:
-        """Validate ``options`` and ``mode`` of ``torch.compile``.
-
-        Raises:
-            ConfigError: an unknown option (the nearest one is named), mode or a bad value.
-        """
-        options = dict(options or {})
-        reject_unknown_keys(options, [*(f.name for f in fields(SS1Config)), *_OWN_OPTIONS])
-        own = {name: options.pop(name) for name in _OWN_OPTIONS if name in options}
-        mode = own.pop("mode", mode)
-        if not isinstance(own.get("report"), Report | None):
-            raise ConfigError(f"report must be an ss1_compile.Report, got {own['report']!r}")
-        if not isinstance(own.get("debug_dir"), str | os.PathLike | None):
-            raise ConfigError(f"debug_dir must be a path, got {own['debug_dir']!r}")
-        if not isinstance(own.get("dry_run", False), bool):
-            raise ConfigError(f"dry_run must be True or False, got {own['dry_run']!r}")
-        if not isinstance(own.get("fuse"), bool | None):
-            raise ConfigError(f"fuse must be True, False or None, got {own['fuse']!r}")
-        if own.get("lowering") not in (None, *lowering.NAMES):
-            raise ConfigError(
-                f"lowering must be one of {', '.join(lowering.NAMES)}, got {own['lowering']!r}"
-            )
-        if own.get("tensorrt") is not None or own.get("fuse"):
-            for_tensorrt = own.get("inner_backend") in ("torch_tensorrt", "tensorrt")
-            if own.get("tensorrt") is not None and not for_tensorrt:
-                raise ConfigError("tensorrt settings need inner_backend='torch_tensorrt'")
-            if own.get("fuse") and for_tensorrt:
-                raise ConfigError("fuse=True does not work with TensorRT, which fuses itself")
-        config = SS1Config.from_dict(options)
-        dynamic = config.quantizations - {"int8_weight_only"}
-        if dynamic and own.get("inner_backend") in ("torch_tensorrt", "tensorrt"):
-            raise ConfigError(
-                f"quantization={min(dynamic)!r} does not work with TensorRT, which cannot quantise "
-                f"activations per token; use 'int8_weight_only'"
-            )
-        inductor = dict(own.pop("inductor", None) or {})
-        if mode not in (None, "default"):
-            try:
-                inductor = {**torch._inductor.list_mode_options(mode), **inductor}
-            except RuntimeError as error:
-                raise ConfigError(f"mode={mode!r}: {error}") from error
-        return cls(config, chosen=bool(options), inductor=inductor or None, **own)
 
 
 def ss1(
@@ -171,9 +75,11 @@ def ss1(
         UnhandledLinearError: ``strict=True`` and a linear layer cannot be handled.
     """
     parsed = BackendOptions.parse(options, mode)
-    compilation = _Compilation(_copy(gm), example_inputs, parsed)
-    compilation.decide(_is_whole_model(gm))
-    return compilation.inner(_copy(gm), example_inputs) if parsed.dry_run else compilation.finish()
+    compilation = _Compilation(copy_graph(gm), example_inputs, parsed)
+    compilation.decide(is_whole_model(gm))
+    if parsed.dry_run:
+        return compilation.inner(copy_graph(gm), example_inputs)
+    return compilation.finish()
 
 
 class _Compilation:
@@ -196,7 +102,7 @@ class _Compilation:
         """Project or leave every linear layer, and report."""
         with self.trace("inline_checkpoints") as did:
             did["regions"] = 0 if torch.is_grad_enabled() else inline_checkpoints(self.gm)
-        frozen = {n: _layer_name(n) for n in self.placeholders if _is_static(n)}
+        frozen = {n: layer_name(n) for n in self.placeholders if is_static(n)}
         with self.trace("expand_linears") as did:
             did["expanded"] = expand_linears(self.gm.graph, frozen, self._wanted)
         with self.trace("find_sites") as did:
@@ -210,7 +116,7 @@ class _Compilation:
                 if isinstance(entry, Site):
                     self._consider(entry, already)
                 else:
-                    name = frozen[entry.weight.root] if entry.weight else _module_name(entry.node)
+                    name = frozen[entry.weight.root] if entry.weight else module_name(entry.node)
                     self.decisions.leave(entry, name, entry.reason)
             for node in self.gm.graph.nodes:
                 for inner, name in nested_linears(self.gm, node, frozen):
@@ -239,14 +145,14 @@ class _Compilation:
         return run
 
     def _wanted(self, root: fx.Node, n: int, k: int) -> bool:
-        return not isinstance(self.config.reduction_for(_layer_name(root), k, n), str)
+        return not isinstance(self.config.reduction_for(layer_name(root), k, n), str)
 
     def _consider(self, site: Site, already: bool) -> None:
         """Project the site's weight, or leave it with a reason.
 
         ``already`` says that the model was compressed before.
         """
-        name = _layer_name(site.weight.root)
+        name = layer_name(site.weight.root)
         if already and not self.options.chosen:
             reason = (
                 "dense since the model was compressed; pass options, a reduction say, to change it"
@@ -295,7 +201,7 @@ class _Compilation:
         context = torch._guards.TracingContext.try_get()
         if fake_mode is None and context is not None:
             fake_mode = context.fake_mode
-        captured_mode: Any = _fake_mode_of(self.placeholders) or fake_mode
+        captured_mode: Any = fake_mode_of(self.placeholders) or fake_mode
         slots: list[Slot] = []
         layout: dict[int, tuple[int, str]] = {}  # id of a new input's tensor → where it comes from
         constants: list[Tensor] = []
@@ -359,7 +265,7 @@ class _Compilation:
         """Fuse and compile the graph; ``names`` holds the layers of the ``z`` that are new."""
 
         def name_of(z: fx.Node) -> str:
-            return names.get(z) or _layer_name(z).removesuffix(".z")
+            return names.get(z) or layer_name(z).removesuffix(".z")
 
         # TensorRT fuses the layers it is given itself, and takes ss1::linear only.
         wanted = False if self.options.for_tensorrt else self.options.fuse
@@ -392,70 +298,3 @@ class _Compilation:
         backend = torch._dynamo.lookup_backend(self.options.inner_backend)
         inner: Callable[..., Any] = backend(gm, list(inputs), **settings)
         return inner
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy with the metadata AOTAutograd needs; Dynamo rereads the original afterwards."""
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, mapping))
-    for old, new in mapping.items():
-        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    copy = fx.GraphModule(gm, graph)
-    copy.meta = dict(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):
-        copy._param_name_to_source = gm._param_name_to_source
-    return copy
-
-
-def _fake_mode_of(nodes: Iterable[fx.Node]) -> Any:
-    """The mode of the nodes' example values; ``None`` if they are real."""
-    modes = (getattr(node.meta.get("example_value"), "fake_mode", None) for node in nodes)
-    return next((mode for mode in modes if mode is not None), None)
-
-
-def _is_static(node: fx.Node) -> bool:
-    """Whether a placeholder is a parameter or buffer of a module that Dynamo holds fixed."""
-    is_static = bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
-    return is_static or isinstance(node.meta.get("example_value"), nn.Parameter)
-
-
-def _layer_name(node: fx.Node) -> str:
-    """The name :func:`ss1_compile.compress` would use: that of the module that holds ``weight``.
-
-    ``"encoder.0"`` from ``L['self']._modules['encoder']._modules['0']._parameters['weight']``, or
-    the same through ``__dict__['_modules']`` or plain attributes; parameters of another name keep
-    it (``"attention.in_proj"``).
-    """
-    source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return node.name
-    text = source.name if isinstance(source.name, str) else source.name()
-    return _qualified_name(text).removesuffix(".weight")
-
-
-def _qualified_name(source: str) -> str:
-    """The path below the root that Dynamo's expression names; the expression if it is no path."""
-    step = r"\.(\w+)|\['([^']*)'\]|\[(\d+)\]"
-    path = re.fullmatch(rf"[LG]\['\w+'\]((?:{step})+)", source)
-    if path is None:
-        return source
-    steps = ["".join(found) for found in re.findall(step, path[1])]
-    storage = ("__dict__", "_modules", "_parameters", "_buffers")
-    return ".".join(name for name in steps if name not in storage)
-
-
-def _module_name(node: fx.Node) -> str:
-    """The name of the module whose ``forward`` made the node; the node's own if it is unknown."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    text = str(stack[-1][0]) if stack else ""  # "L['self'].encoder.0"
-    return re.sub(r"^\w+\['\w+'\]\.?", "", text) or node.name
-
-
-def _is_whole_model(gm: fx.GraphModule) -> bool:
-    """Whether the graph is a whole call: no graph break ends it and none precedes it."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or reason.graph_break:
-        return False
-    return not any("torch_dynamo_resume_in" in frame.name for frame in reason.user_stack)
