@@ -52,7 +52,7 @@ def heal(
         import ss1_compile
         from ss1_compile.data_files import load_batches
         from ss1_compile.model_sources import check_target, load_compressed, load_model
-        from ss1_compile.serialization.model import read_config
+        from ss1_compile.serialization.checkpoint import read_config
 
         sizes = {"samples": samples, "batch_size": batch_size, "max_tokens": max_tokens}
         config = ss1_compile.HealConfig(

@@ -46,7 +46,8 @@ from ss1_compile.projection.project import Projection, project
 from ss1_compile.quantization.quantize import quantize
 from ss1_compile.quantization.sensitivity import LayerSensitivity, Sensitivity, sensitivity
 from ss1_compile.report import LayerReport, Report
-from ss1_compile.serialization.model import load, save
+from ss1_compile.serialization.load import load
+from ss1_compile.serialization.save import save
 from ss1_compile.structure import SS1Structure
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from torch import nn
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CheckpointError, ConfigError, MissingPackageError
 from ss1_compile.serialization.checkpoint import CONFIG_FILE, TENSORS_FILE
-from ss1_compile.serialization.model import load, save
+from ss1_compile.serialization.load import load
+from ss1_compile.serialization.save import save
 
 HUGGINGFACE_DIRECTORY = "huggingface"
 """The folder of a compressed model with its Hugging Face configuration and tokenizer: beside

@@ -36,7 +36,8 @@ from ss1_compile.demo.measure import (
 )
 from ss1_compile.errors import SS1Warning, VerificationError
 from ss1_compile.report import Report
-from ss1_compile.serialization.model import load, save
+from ss1_compile.serialization.load import load
+from ss1_compile.serialization.save import save
 
 RESULT_FILE = "minilm_cpu.json"
 PLOT_FILE = "minilm_cpu.png"

@@ -14,7 +14,7 @@ from ss1_compile.errors import CheckpointError, ConfigError, ExportError, Missin
 from ss1_compile.onnx.export import export_file, export_onnx
 from ss1_compile.onnx.verification import ExportReport
 from ss1_compile.serialization.checkpoint import CONFIG_FILE
-from ss1_compile.serialization.model import load
+from ss1_compile.serialization.load import load
 
 _BATCH = 2
 

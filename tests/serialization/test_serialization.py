@@ -28,7 +28,10 @@ from ss1_compile.compression.compress import compress
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CheckpointError
 from ss1_compile.modules import SS1Linear
-from ss1_compile.serialization.model import SavedLayer, load, read_config, save
+from ss1_compile.serialization.checkpoint import read_config
+from ss1_compile.serialization.layer import SavedLayer
+from ss1_compile.serialization.load import load
+from ss1_compile.serialization.save import save
 
 
 @pytest.fixture
