@@ -153,7 +153,9 @@ class SS1ExpertLinear(nn.Module):
         )
 
 
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+_FLAGS = ("has_bias", "is_transposed")
+_LATER_FLAGS = {"has_gate": True, "is_concatenated": True, "has_post_expert_norm": False}
+"""Those that Transformers 5.0 has not yet, with what holds for all experts of such a release."""
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -173,7 +175,8 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def _weight_names(module: nn.Module) -> tuple[str, str]:
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+    gated = getattr(module, "has_gate", _LATER_FLAGS["has_gate"])
+    return ("gate_up_proj" if gated else "up_proj"), "down_proj"
 
 
 class SS1Experts(nn.Module):
@@ -193,7 +196,7 @@ class SS1Experts(nn.Module):
         super().__init__()
         # has _apply_gate, which reads attributes of the module
         self.experts_class: Any = type(experts)
-        for name, value in vars(experts).items():
+        for name, value in {**_LATER_FLAGS, **vars(experts)}.items():
             if not name.startswith("_"):
                 setattr(self, name, value)
         self.up_name, self.down_name = _weight_names(experts)
