@@ -72,6 +72,12 @@ def test_transformer_encoder_layer(norm_first, activation):
     through_the_backend(model.double().eval(), (x,), names)
 
 
+@pytest.mark.skipif(
+    not torch._C._dispatch_has_kernel_for_dispatch_key(
+        "aten::_transformer_encoder_layer_fwd", "Meta"
+    ),
+    reason="Dynamo breaks the graph at this layer, which has no symbolic shapes before torch 2.13",
+)
 def test_symbolic_arguments():
     """With dynamic=True even the number of heads and the norms' epsilon are symbolic."""
     torch.manual_seed(3)
