@@ -1,9 +1,10 @@
-"""Write the figures of benchmarks/results/minilm_cpu.json into README.md and docs/minilm.md.
+"""Write the measured figures into README.md and docs/minilm.md.
 
     python benchmarks/render_readme.py           # write
     python benchmarks/render_readme.py --check   # exit code 1 if a page is out of date
 
-The JSON is what ``ss1 demo`` writes; ``make figures`` runs the demo and then this.
+Those of the CPU are what ``ss1 demo`` writes (``make figures`` runs the demo and then this); those
+of the GPU, in README.md only, come from ``layers.py`` and ``models.py``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,24 @@ from typing import Any
 from ss1_compile.demo import show
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "minilm_cpu.json"
-PAGES = ("README.md", "docs/minilm.md")
-BEGIN = "<!-- figures:begin (written by benchmarks/render_readme.py; do not edit) -->"
-END = "<!-- figures:end -->"
+RESULTS = ROOT / "benchmarks" / "results"
+MARKERS = {
+    name: (
+        f"<!-- {name}:begin (written by benchmarks/render_readme.py; do not edit) -->",
+        f"<!-- {name}:end -->",
+    )
+    for name in ("figures", "gpu")
+}
+PAGES = {"README.md": ("figures", "gpu"), "docs/minilm.md": ("figures",)}
+GPU_LAYERS = ((8192, 4096, 14336), (8192, 14336, 4096), (16384, 1024, 4096), (16384, 4096, 1024))
+GPU_DECODE = ((1, 4096, 14336), (16, 4096, 14336))
+REDUCTIONS = (2, 4, 8)
+MODEL_WAYS = {
+    "speedup": "launched",
+    "replayed_speedup": "CUDA graphs",
+    "gpu_speedup": "kernels alone",
+}
+Result = Mapping[str, Any]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,8 +44,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def figures(result: Mapping[str, Any]) -> str:
-    """The text between the markers."""
+def figures(result: Result) -> str:
+    """The pretrained model on the CPU."""
     machine, versions, documents = (result[k] for k in ("machine", "versions", "documents"))
     difference = max(result["checks"]["compiled_vs_eager"].values())
     quality = table(show.QUALITY_COLUMNS, show.quality_rows(result))
@@ -57,28 +72,85 @@ Compiled and eager embeddings differ by {difference:.0e} (relative), the saved a
 not at all. The whole run took {result["seconds"]:.0f} s."""
 
 
-def render(page: str, result: Mapping[str, Any]) -> str:
-    """``page`` with the figures of ``result`` between its markers.
+def gpu_figures(layers: Result, models: Result) -> str:
+    """Layers and models on the GPU, over dense in the same run."""
+    columns = ("layer, rows x K → N", "sketch", *(f"c = {c}" for c in REDUCTIONS))
+    rows = []
+    for kind in ("rotation", "learned"):
+        for sizes in GPU_LAYERS:
+            rows.append(_layer_row(sizes, kind, layers["layers"], "method", f"ss1 {kind}"))
+        for sizes in GPU_DECODE:
+            rows.append(_layer_row(sizes, kind, layers["decode"], "kind", kind))
+    whole = [
+        (
+            f"{row['model']}, {row['size']}, {row['variant']}, {row['kind']}",
+            *(f"{row[way]:.2f}×" if row.get(way) else "" for way in MODEL_WAYS),
+        )
+        for row in models["rows"]
+        if row["kind"] is not None
+    ]
+    gpu, torch, triton = (layers["environment"][key] for key in ("gpu", "torch", "triton"))
+    return f"""\
+{table(columns, rows)}
+
+{table(("model", *MODEL_WAYS.values()), whole)}
+
+{gpu}, torch {torch}, Triton {triton}, bfloat16; speed-up over the faster of cuBLAS
+and `torch.compile(mode="max-autotune-no-cudagraphs")`, models over the latter (in CUDA graphs: over
+`max-autotune`). Everything measured, misses included: [docs/performance.md](docs/performance.md)
+and [docs/models.md](docs/models.md)."""
+
+
+def _layer_row(
+    sizes: tuple[int, int, int], kind: str, rows: Sequence[Result], key: str, value: str
+) -> list[str]:
+    m, k, n = sizes
+    cells = [f"{m} x {k} → {n}", kind]
+    for c in REDUCTIONS:
+        (row,) = (
+            r for r in rows if (r["M"], r["K"], r["N"], r["c"], r[key]) == (m, k, n, c, value)
+        )
+        dense = min(t for t in (row["dense_us"], row["compiled_dense_us"]) if t)
+        cells.append(f"{dense / row['us']:.2f}×")
+    return cells
+
+
+def read(name: str) -> Result:
+    """A results file."""
+    found: Result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def texts() -> dict[str, str]:
+    """What belongs between each pair of markers."""
+    gpu = gpu_figures(read("layers"), read("models"))
+    return {"figures": figures(read("minilm_cpu")), "gpu": gpu}
+
+
+def render(page: str, name: str, text: str) -> str:
+    """``page`` with ``text`` between the markers of ``name``.
 
     Raises:
         ValueError: the page does not have each marker once, in order.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"the page needs {BEGIN!r} and {END!r} once each, in that order")
-    return f"{before}{BEGIN}\n{figures(result)}\n{END}{after}"
+    start, stop = MARKERS[name]
+    before, begin, rest = page.partition(start)
+    _, end, after = rest.partition(stop)
+    if not begin or not end or start in rest or stop in after:
+        raise ValueError(f"the page needs {start!r} and {stop!r} once each, in that order")
+    return f"{before}{start}\n{text}\n{stop}{after}"
 
 
 def main(arguments: Sequence[str]) -> int:
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    written = texts()
     stale = []
-    for name in PAGES:
-        path = ROOT / name
-        page = path.read_text(encoding="utf-8")
-        new = render(page, result)
+    for file, names in PAGES.items():
+        path = ROOT / file
+        page = new = path.read_text(encoding="utf-8")
+        for name in names:
+            new = render(new, name, written[name])
         if new != page:
-            stale.append(name)
+            stale.append(file)
             if "--check" not in arguments:
                 path.write_text(new, encoding="utf-8")
     if "--check" in arguments and stale:

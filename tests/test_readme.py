@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -46,11 +45,24 @@ def test_pages_show_the_committed_figures(render_readme):
 
 
 def test_changed_figures_are_noticed(render_readme):
-    result = json.loads(render_readme.RESULT.read_text(encoding="utf-8"))
+    result = render_readme.read("minilm_cpu")
     changed = copy.deepcopy(result)
     changed["quality"][1]["cosine"] += 0.01
-    assert render_readme.render(README, changed) != README
-    again = render_readme.render(render_readme.render(README, changed), result)
-    assert again == README
+    page = render_readme.render(README, "figures", render_readme.figures(changed))
+    assert page != README
+    assert render_readme.render(page, "figures", render_readme.figures(result)) == README
     with pytest.raises(ValueError, match="once each"):
-        render_readme.render(README + render_readme.BEGIN, result)
+        render_readme.render(README + render_readme.MARKERS["figures"][0], "figures", "")
+
+
+def test_speedups_on_the_gpu_are_over_the_faster_dense(render_readme):
+    layers = copy.deepcopy(render_readme.read("layers"))
+    (row,) = (
+        r
+        for r in layers["layers"]
+        if (r["M"], r["K"], r["N"], r["c"], r["method"]) == (8192, 4096, 14336, 4, "ss1 learned")
+    )
+    row.update(us=100.0, dense_us=777.0, compiled_dense_us=654.0)
+    text = render_readme.gpu_figures(layers, {"rows": []})
+    (line,) = (x for x in text.splitlines() if x.startswith("| 8192 x 4096 → 14336 | learned"))
+    assert line.split(" | ")[3] == "6.54×"
