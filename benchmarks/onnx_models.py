@@ -13,10 +13,12 @@ adds a stack of random layers with more than 2 GiB of weights (some 12 GiB of me
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -303,16 +305,15 @@ def render(page: Path = PAGE) -> str:
     return f"{head}{BEGIN}\n\n{table(read('onnx_models'))}\n\n{END}{tail}"
 
 
-def measure(folder: Path, large: bool) -> list[dict[str, Any]]:
-    """All rows."""
+def measure(folder: Path, large: bool) -> Iterator[dict[str, Any]]:
+    """The rows, one at a time."""
     vital = packaged(SENTENCE_FILE, "paraphrase-MiniLM-L3-v2.onnx")
     ocr = packaged(OCR_FILE, "ch_PP-OCRv4_rec_infer.onnx")
-    rows = [
-        export_minilm(folder),
-        rewrite(sentences(vital, "paraphrase-MiniLM-L3-v2, ONNX → ONNX", 2), folder),
-        rewrite(text_lines(ocr, "PP-OCRv4 recogniser, ONNX → ONNX"), folder),
-    ]
-    return [*rows, export_large(folder)] if large else rows
+    yield export_minilm(folder)
+    yield rewrite(sentences(vital, "paraphrase-MiniLM-L3-v2, ONNX → ONNX", 2), folder)
+    yield rewrite(text_lines(ocr, "PP-OCRv4 recogniser, ONNX → ONNX"), folder)
+    if large:
+        yield export_large(folder)
 
 
 def main() -> None:
@@ -322,14 +323,17 @@ def main() -> None:
     options = parser.parse_args()
     if not options.render_only:
         warnings.simplefilter("ignore")
-        with tempfile.TemporaryDirectory() as folder:
-            rows = measure(Path(folder), options.large)
         environment = {
             "cpu": cpu_name(),
             "cores": os.cpu_count(),
             **{name: metadata.version(name) for name in PACKAGES},
         }
-        write("onnx_models", {"environment": environment, "rows": rows})
+        rows = []
+        with tempfile.TemporaryDirectory() as folder:
+            for row in measure(Path(folder), options.large):
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                write("onnx_models", {"environment": environment, "rows": rows})
     PAGE.write_text(render())
 
 

@@ -1,5 +1,7 @@
 import numpy as np
 import onnx
+import onnx.parser
+import onnx.reference
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -136,6 +138,77 @@ def test_rows_that_see_nothing_stay_zero():
 )
 def test_other_guards_stay(change):
     model = guarded(**change)
+    before = [node.op_type for node in model.graph]
+    tune_for_cpu(model)
+    assert [node.op_type for node in model.graph] == before
+
+
+def test_attention_reads_and_writes_rows(case, tmp_path):
+    """With batch and tokens dynamic, and a mask that is for all queries."""
+    _, args = case
+    torch.manual_seed(0)
+    model = Block().eval()
+    ss1_compile.compress(model, warn_error=10, progress=False)
+    axis = torch.export.Dim.DYNAMIC
+    shapes = ({0: axis, 1: axis}, {0: axis, 1: axis})
+    path = tmp_path / "m.onnx"
+    assert export_onnx(model, args, path, dynamic_shapes=shapes, opset=23).max_error < 1e-5
+    nodes = {node.op_type: node for node in onnx.load(path).graph.node}
+    assert not {"Transpose", "Reshape"} & set(nodes)
+    counts = {a.name: a.i for a in nodes["Attention"].attribute if a.name.endswith("num_heads")}
+    assert counts == {"q_num_heads": 4, "kv_num_heads": 4}
+
+
+def attention(swap="0,2,1,3", back="0,2,1,3", heads="H", output="Y"):
+    """Two query heads share one of the keys and values."""
+    shape = "b, t, 8" if output == "Y" else "b, 2, t, 4"
+    text = f"""<ir_version: 10, opset_import: ["" : 23]>
+    rows (float[b, t, 8] q, float[b, s, 4] k, float[b, s, 4] v, int64[4] H, bool[t, s] mask)
+      => (float[{shape}] {output})
+    <int64[4] split = {{0, 0, 2, 4}}, int64[4] one = {{0, 0, 1, 4}}, int64[3] rows = {{0, 0, 8}}>
+    {{
+      q4 = Reshape ({"q, split" if heads == "split" else "q, H"})
+      k4 = Reshape (k, one)
+      v4 = Reshape (v, one)
+      qt = Transpose <perm = [0,2,1,3]> (q4)
+      kt = Transpose <perm = [{swap}]> (k4)
+      vt = Transpose <perm = [{swap}]> (v4)
+      each = Attention (qt, kt, vt, mask)
+      back = Transpose <perm = [{back}]> (each)
+      Y = Reshape (back, rows)
+    }}"""
+    inferred = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text), data_prop=True)
+    return ir.from_proto(inferred)
+
+
+def test_heads_may_share_keys():
+    rng = np.random.default_rng()
+    feeds = {
+        "q": rng.standard_normal((3, 5, 8), np.float32),
+        "k": rng.standard_normal((3, 6, 4), np.float32),
+        "v": rng.standard_normal((3, 6, 4), np.float32),
+        "H": np.array([0, 0, 2, 4]),
+        "mask": rng.random((5, 6)) < 0.5,
+    }
+    feeds["mask"][:, 0] = True
+    expected = onnx.reference.ReferenceEvaluator(ir.to_proto(attention(heads="split"))).run(
+        ["Y"], feeds
+    )[0]
+    model = attention(heads="split")
+    tune_for_cpu(model)
+    assert [node.op_type for node in model.graph] == ["Attention"]
+    assert np.allclose(run(model, feeds), expected, atol=1e-5)
+    found = onnx.reference.ReferenceEvaluator(ir.to_proto(model)).run(["Y"], feeds)[0]
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"heads": "H"}, {"swap": "0,2,3,1"}, {"back": "1,2,0,3"}, {"output": "each"}],
+    ids=["heads unknown", "keys transposed", "another order", "heads are the output"],
+)
+def test_other_attention_stays(change):
+    model = attention(**{"heads": "split", **change})
     before = [node.op_type for node in model.graph]
     tune_for_cpu(model)
     assert [node.op_type for node in model.graph] == before
