@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -62,3 +63,26 @@ def read_einsum(equation: str, x_at: int, x_dim: int, weight_dim: int) -> Einsum
         and sorted(out) == sorted(batch + rows + kept)
     )
     return EinsumLinear(x, weight, out, batch, rows, summed, kept) if fits else None
+
+
+def tensordot_equation(dims: object, left_dim: int, right_dim: int) -> str | None:
+    """The einsum that ``torch.tensordot(left, right, dims)`` is; ``None`` if it is none.
+
+    Args:
+        dims: how many dimensions are summed, or ``(those of left, those of right)``.
+        left_dim: number of dimensions of the left operand.
+        right_dim: that of the right one.
+    """
+    if isinstance(dims, int):
+        dims = (range(left_dim - dims, left_dim), range(dims))
+    if not isinstance(dims, Sequence) or len(dims) != 2 or left_dim + right_dim > 52:
+        return None
+    left, right = (
+        [at % size for at in ([part] if isinstance(part, int) else part)]
+        for part, size in zip(dims, (left_dim, right_dim), strict=True)
+    )
+    a, b = list(string.ascii_letters[:left_dim]), list(string.ascii_letters[left_dim:][:right_dim])
+    for i, j in zip(left, right, strict=True):
+        b[j] = a[i]
+    out = [i for i in a if i not in b] + [i for i in b if i not in a]
+    return f"{''.join(a)},{''.join(b)}->{''.join(out)}"

@@ -4,6 +4,7 @@
     conv(x, W [N, K, 1, 1], b)       ->  linear(x as [..., K], W [N, K], b), channels moved back
     einsum("bthk,hkd->btd", x, W)    ->  linear(x as [b, t, h·k], W as [d, h·k])
     einsum("ebk,ekn->ebn", x, W)     ->  bmm(x, W), one matrix per e
+    tensordot(x, W, dims)            ->  the einsum that it is
     attention(x, …)                  ->  see :mod:`~ss1_compile.passes.attention`
 
 Whatever does not fit stays as it is, for :mod:`~ss1_compile.passes.sites` to give a reason.
@@ -24,7 +25,7 @@ from ss1_compile.passes.attention import (
     replace_outputs,
     spell_out_attention,
 )
-from ss1_compile.passes.einsum import EinsumLinear, read_einsum
+from ss1_compile.passes.einsum import EinsumLinear, read_einsum, tensordot_equation
 from ss1_compile.passes.frozen import example, frozen_value
 
 _aten = torch.ops.aten
@@ -152,6 +153,29 @@ def _einsum(
         operands = list(operands[0])
     if not isinstance(equation, str) or len(operands) != 2:
         return None
+    return _contract(equation, operands, emit, roots, wanted)
+
+
+def _tensordot(
+    node: fx.Node, emit: _Emit, roots: frozenset[fx.Node], wanted: Wanted
+) -> fx.Node | None:
+    left, right = node.args[:2]
+    values = example(left), example(right)
+    if not all(isinstance(value, Tensor) for value in values):
+        return None
+    if node.target is _aten.tensordot.default:
+        dims: Any = tuple(node.args[2:4])
+    else:
+        dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dims", 2)
+    equation = tensordot_equation(dims, *(value.dim() for value in values))
+    if equation is None:
+        return None
+    return _contract(equation, [left, right], emit, roots, wanted)
+
+
+def _contract(
+    equation: str, operands: list[Any], emit: _Emit, roots: frozenset[fx.Node], wanted: Wanted
+) -> fx.Node | None:
     x_at = 1 if frozen_value(operands[1], roots) is None else 0
     x, weight = operands[x_at], operands[1 - x_at]
     values = example(x), example(weight)
@@ -238,4 +262,6 @@ _EXPANSIONS: dict[Any, Callable[..., fx.Node | list[Any] | None]] = {
     torch.einsum: _einsum,
     torch.functional.einsum: _einsum,
     _aten.einsum.default: _einsum,
+    torch.tensordot: _tensordot,
+    _aten.tensordot.default: _tensordot,
 }

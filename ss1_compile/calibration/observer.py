@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ss1_compile.errors import CalibrationError
-from ss1_compile.passes.einsum import read_einsum
+from ss1_compile.passes.einsum import read_einsum, tensordot_equation
 
 Forward = Callable[[nn.Module, Any], Any]
 MemoryKey = tuple[torch.device, int, tuple[int, ...], tuple[int, ...]]
@@ -33,6 +33,13 @@ _OPERANDS: dict[Any, tuple[tuple[int, str], tuple[int, str], bool]] = {
     torch.matmul: ((0, "input"), (1, "other"), False),
     torch.Tensor.matmul: ((0, "input"), (1, "other"), False),
     torch.Tensor.__matmul__: ((0, "input"), (1, "other"), False),
+    torch.linalg.matmul: ((0, "input"), (1, "other"), False),
+    torch.inner: ((0, "input"), (1, "other"), True),
+    torch.Tensor.inner: ((0, "input"), (1, "other"), True),
+    torch.mv: ((1, "vec"), (0, "input"), True),
+    torch.Tensor.mv: ((1, "vec"), (0, "input"), True),
+    torch.addmv: ((2, "vec"), (1, "mat"), True),
+    torch.Tensor.addmv: ((2, "vec"), (1, "mat"), True),
     torch.bmm: ((0, "input"), (1, "mat2"), False),
     torch.Tensor.bmm: ((0, "input"), (1, "mat2"), False),
     torch.baddbmm: ((1, "batch1"), (2, "batch2"), False),
@@ -110,6 +117,8 @@ class LinearObserver(TorchFunctionMode):
                 return _ATTENTION(*args, **kwargs)
         if func in (torch.einsum, torch.functional.einsum):
             self._observe_einsum(*args)
+        elif func is torch.tensordot:
+            self._observe_tensordot(*args, **kwargs)
         elif func in _CONVOLUTIONS:
             names = ("input", "weight", "bias", "stride")
             given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -142,11 +151,19 @@ class LinearObserver(TorchFunctionMode):
         for x_at, (x, weight) in enumerate((operands, operands[::-1])):
             name, transposed = self._by_memory.get(_memory_key(weight), ("", False))
             read = read_einsum(equation, x_at, x.dim(), weight.dim())
-            if name and not transposed and read is not None:
+            if name and read is not None and not (transposed and weight.dim() > 2):
                 order = [read.x.index(i) for i in read.batch + read.rows + read.summed]
                 x = x.permute(order).flatten(-len(read.summed))
-                self._on_input(name, read.weight.index(read.summed[0]) - weight.dim(), x)
+                summed = read.weight.index(read.summed[0]) - weight.dim()
+                self._on_input(name, -3 - summed if transposed else summed, x)
                 return
+
+    def _observe_tensordot(self, a: Tensor, b: Tensor, dims: Any = 2, **_: Any) -> None:
+        if isinstance(dims, Tensor):
+            dims = dims.tolist()
+        equation = tensordot_equation(dims, a.dim(), b.dim())
+        if equation is not None:
+            self._observe_einsum(equation, a, b)
 
     def _observe_convolution(self, given: Mapping[str, Any], spatial: int) -> None:
         x, weight, stride = given["input"], given["weight"], given.get("stride", 1)

@@ -44,6 +44,16 @@ SPELLINGS = {
     "addmm": (K_N, lambda x, w, b: torch.addmm(b, x, w)),
     "addmm keywords": (N_K, lambda x, w, b: torch.addmm(b, mat1=x, mat2=w.t(), alpha=2)),
     "addmm method": (N_K, lambda x, w, b: b.expand(len(x), 3).addmm(x, w.permute(1, 0))),
+    "inner": (N_K, lambda x, w, b: torch.inner(x, w)),
+    "inner method": (N_K, lambda x, w, b: x.inner(w)),
+    "linalg.matmul": (K_N, lambda x, w, b: torch.linalg.matmul(x, w)),
+    "tensordot": (K_N, lambda x, w, b: torch.tensordot(x, w, dims=1)),
+    "tensordot transposed": (N_K, lambda x, w, b: torch.tensordot(x, w.t(), dims=1)),
+    "einsum transposed": (N_K, lambda x, w, b: torch.einsum("mk,kn->mn", x, w.t())),
+    "tensordot weight first": (N_K, lambda x, w, b: torch.tensordot(w, x, dims=([1], [1]))),
+    "mv": (N_K, lambda x, w, b: torch.stack([torch.mv(w, row) for row in x])),
+    "addmv": (N_K, lambda x, w, b: torch.stack([torch.addmv(b, w, row) for row in x])),
+    "addmv method": (N_K, lambda x, w, b: torch.stack([b.addmv(w, vec=row) for row in x])),
     "detached view": (N_K, lambda x, w, b: x @ w.detach().view(3, 5).t()),
 }
 

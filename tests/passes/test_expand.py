@@ -138,6 +138,30 @@ def test_einsum(equation, form):
 
 
 @pytest.mark.parametrize(
+    ("of_x", "of_w", "dims"),
+    [
+        ((2, 5, 40), (40, 24), 1),
+        ((5, 4, 10), (4, 10, 24), 2),
+        ((2, 5, 40), (24, 40), ([-1], [1])),
+        ((4, 5, 10), (10, 24, 4), ((0, 2), (2, 0))),
+    ],
+)
+@pytest.mark.parametrize("form", ["torch", "weight first", "aten"])
+def test_tensordot(of_x, of_w, dims, form):
+    x, weight = randn(*of_x), randn(*of_w)
+    if form == "torch":
+        gm = graph_of(torch.tensordot, x, weight, dims=dims, frozen=[weight])
+    else:
+        if isinstance(dims, int):
+            dims = (range(x.dim() - dims, x.dim()), range(dims))
+        args = (x, weight, *map(tuple, dims))
+        if form == "weight first":
+            args = (weight, x, *map(tuple, reversed(dims)))
+        gm = graph_of(aten.tensordot.default, *args, frozen=[weight])
+    check(*gm, (24, 40))
+
+
+@pytest.mark.parametrize(
     ("equation", "of_x", "of_w"),
     [
         ("btd,df->bf", (2, 5, 40), (40, 24)),  # a sum over tokens as well

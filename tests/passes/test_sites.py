@@ -73,6 +73,23 @@ SPELLINGS = {
         lambda g, x, w: call(torch.mm, w, call("t", x)(g))(g),
         {"w": NK},
     ),
+    "inner": (lambda g, x, w: call(torch.inner, x, w)(g), {"w": NK}),
+    "method inner": (lambda g, x, w: call("inner", x, w)(g), {"w": NK}),
+    "aten.inner": (lambda g, x, w: call(torch.ops.aten.inner.default, x, w)(g), {"w": NK}),
+    "linalg.matmul": (lambda g, x, w: call(torch.linalg.matmul, x, w)(g), {"w": KN}),
+    "aten.linalg_matmul": (
+        lambda g, x, w: call(torch.ops.aten.linalg_matmul.default, x, w)(g),
+        {"w": KN},
+    ),
+    "mv": (lambda g, x, w: call(torch.mv, w, x)(g), {"x": torch.randn(K), "w": NK}),
+    "addmv": (
+        lambda g, x, w, b: call(torch.addmv, b, w, x)(g),
+        {"x": torch.randn(K), "w": NK, "b": B},
+    ),
+    "method addmv": (
+        lambda g, x, w, b: call("addmv", b, w, x)(g),
+        {"x": torch.randn(K), "w": NK, "b": B},
+    ),
 }
 
 
@@ -132,6 +149,38 @@ REFUSED = {
         lambda g, x, w: call(torch.conv2d, x, w)(g),
         {"x": torch.randn(1, K, 4, 4), "w": torch.randn(N, K, 1, 1)},
         "1×1 convolution",
+    ),
+    "addmv alpha": (
+        lambda g, x, w, b: call(torch.addmv, b, w, x, alpha=2)(g),
+        {"x": torch.randn(K), "w": NK, "b": B},
+        "alpha or beta",
+    ),
+    "inner, weight first": (lambda g, x, w: call(torch.inner, w, x)(g), {"w": NK}, "on the left"),
+    "tensordot": (
+        lambda g, x, w: call(torch.tensordot, x, w, dims=([1], [1]))(g),
+        {"w": NK},
+        "contraction",
+    ),
+    "vecdot": (
+        lambda g, x, w: call(torch.linalg.vecdot, x, w)(g),
+        {"x": torch.randn(N, K), "w": NK},
+        "contraction",
+    ),
+    "addbmm": (
+        lambda g, x, w, v: call(torch.addbmm, v, x, w)(g),
+        {"x": torch.randn(2, K, K), "w": torch.randn(2, K, K), "v": torch.randn(K, K)},
+        "contraction",
+    ),
+    "chain_matmul": (
+        lambda g, x, w: call(torch.ops.aten.chain_matmul.default, [x, w])(g),
+        {"w": KN},
+        "chain",
+    ),
+    "multi_dot": (lambda g, x, w: call(torch.linalg.multi_dot, [x, w])(g), {"w": KN}, "chain"),
+    "int8": (
+        lambda g, x, w: call(torch._int_mm, x, w)(g),
+        {"x": torch.ones(32, K, dtype=torch.int8), "w": torch.ones(K, N, dtype=torch.int8)},
+        "quantised",
     ),
     "constant": (lambda g, x, w, v: call(torch.mm, w, v)(g), {"w": NK, "v": KN}, "constant"),
 }
