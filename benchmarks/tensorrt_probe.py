@@ -1,10 +1,12 @@
 """Whether engines with SS1 layers run on this GPU, and how far they are from eager mode.
 
     python benchmarks/tensorrt_probe.py [--output benchmarks/results/tensorrt.json]
+    python benchmarks/tensorrt_probe.py --render    # the table of docs/tensorrt.md
 
 First one product in a raw engine: built, asked for its validity (``Runtime.get_engine_validity``),
 deserialised, executed. If that works, SS1 models are compiled through Torch-TensorRT in float32,
-float16 and bfloat16 with a dynamic batch and compared with eager mode. Every stage writes what
+float16 and bfloat16 with a dynamic batch (rotations; learned sketches and int8 weights in float16)
+and compared with eager mode. Every stage writes what
 happened, exact messages included, and what failed stops only what depends on it. No times: a GPU
 that TensorRT-RTX does not list is no place for them.
 """
@@ -19,17 +21,23 @@ import inspect
 import json
 import platform
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ss1_compile import SS1Config, SS1Linear, SS1Structure, compress
+from ss1_compile import SS1Linear, SS1Structure, compress
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BATCHES = (1, 4, 16)
+DOORS = {"dynamo": "torch_tensorrt.dynamo.compile", "torch_compile": "torch.compile"}
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "tensorrt.json"
+PAGE = ROOT / "docs" / "tensorrt.md"
+BEGIN = "<!-- probe:begin (written by benchmarks/tensorrt_probe.py; do not edit) -->"
+END = "<!-- probe:end -->"
 PACKAGES = (
     "torch",
     "torch-tensorrt",
@@ -159,21 +167,36 @@ class Stack(nn.Module):
 
 
 def models() -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    uneven = SS1Linear(SS1Structure.create(200, 90, 3, num_hashes=4))
-    stack = nn.Sequential(Block(), Block(), nn.Linear(256, 200), nn.ReLU())
-    compress(stack, SS1Config(reduction=4, warn_error=1.0))
-    return {"blocks": Stack(stack.append(uneven)).eval().cuda()}
+    """Stacks of compressed blocks with a layer of uneven sizes behind."""
+    data = [torch.randn(64, 256) for _ in range(4)]
+    options: dict[str, dict[str, Any]] = {
+        "rotation": {},
+        "learned": {"projection": "learned", "calibration": data},
+        "rotation, int8 weights": {"quantization": "int8_weight_only"},
+    }
+    found: dict[str, nn.Module] = {}
+    for name, given in options.items():
+        torch.manual_seed(0)
+        stack = nn.Sequential(Block(), Block(), nn.Linear(256, 200), nn.ReLU())
+        compress(stack, reduction=4, warn_error=1.0, progress=False, **given)
+        uneven = SS1Linear(SS1Structure.create(200, 90, 3, num_hashes=4))
+        found[name] = Stack(stack.append(uneven)).eval().cuda()
+    return found
 
 
 def numerics(model: nn.Module, dtype: torch.dtype, backend: str) -> dict[str, Any]:
-    """Engine and eager mode in ``dtype`` against eager mode in float64, for every batch size."""
+    """Engine and eager mode in ``dtype`` against eager mode, for every batch size.
+
+    The latter in float64, or in float32, the widest that layers with int8 weights have.
+    """
     import torch_tensorrt
 
     from ss1_compile.tensorrt import register
 
     register()
-    exact_model, model = copy.deepcopy(model).double(), copy.deepcopy(model).to(dtype)
+    quantized = any(buffer.dtype == torch.int8 for buffer in model.buffers())
+    wide = torch.float32 if quantized else torch.float64
+    exact_model, model = copy.deepcopy(model).to(wide), copy.deepcopy(model).to(dtype)
     example = torch.randn(4, 32, 256, device="cuda", dtype=dtype)
     batch = torch.export.Dim("batch", min=1, max=16)
     with torch.no_grad():
@@ -194,7 +217,7 @@ def numerics(model: nn.Module, dtype: torch.dtype, backend: str) -> dict[str, An
         rows = {}
         for size in BATCHES:
             x = torch.randn(size, 32, 256, device="cuda", dtype=dtype)
-            exact = exact_model(x.double())
+            exact = exact_model(x.to(wide))
             rows[size] = {
                 "engine": relative(compiled(x), exact),
                 "eager": relative(model(x), exact),
@@ -220,11 +243,8 @@ def attempt(result: dict[str, Any], name: str, run: Callable[[], Any]) -> bool:
     return "error" not in result[name]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = Path(__file__).resolve().parent / "results" / "tensorrt.json"
-    parser.add_argument("--output", type=Path, default=default)
-    output = parser.parse_args().output
+def measure(output: Path) -> None:
+    """Run every stage and write the outcome after each."""
     major, minor = torch.cuda.get_device_capability()
     result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
@@ -237,14 +257,63 @@ def main() -> None:
         output.write_text(json.dumps(result, indent=1, default=str) + "\n")  # a crash keeps it
         return done
 
-    if stage("one_product", one_product) and result["one_product"].get("executed"):
-        for model_name, model in models().items():
-            for backend in ("dynamo", "torch_compile"):
-                for dtype_name, dtype in DTYPES.items():
-                    stage(
-                        f"{model_name} {backend} {dtype_name}",
-                        lambda m=model, d=dtype, b=backend: numerics(m, d, b),
-                    )
+    if not stage("one_product", one_product) or not result["one_product"].get("executed"):
+        return
+    for model_name, model in models().items():
+        every = model_name == "rotation"
+        for backend in DOORS if every else ("dynamo",):
+            for dtype_name in DTYPES if every else ("float16",):
+                stage(
+                    f"{model_name} | {backend} | {dtype_name}",
+                    lambda m=model, d=DTYPES[dtype_name], b=backend: numerics(m, d, b),
+                )
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """What the engines computed, as Markdown."""
+    product = result["one_product"]
+    lines = [
+        "| layers | door | dtype | engine | eager |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    for name, found in result.items():
+        if name.count(" | ") != 2:
+            continue
+        model, door, dtype = name.split(" | ")
+        if "error" in found:
+            errors = [found["error"].splitlines()[0], ""]
+        else:
+            rows = found["relative_error"].values()
+            errors = [f"{max(row[key] for row in rows):.1e}" for key in ("engine", "eager")]
+        lines.append(f"| {model} | `{DOORS[door]}` | {dtype} | {' | '.join(errors)} |")
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    return (
+        f"{result['gpu']} (compute capability {result['compute_capability']}; the library lists "
+        f"{', '.join(c for c in product['listed_capabilities'] if c.startswith('SM'))}). A raw "
+        f"engine of one product: built, validity {product['validity'].split('.')[-1]}, executed "
+        f"with a relative error of {product['relative_error']:.1e}.\n\n"
+        + "\n".join(lines)
+        + f"\n\nRelative errors against eager mode in float64 (int8: float32), dynamic batch, the "
+        f"worst of {', '.join(map(str, BATCHES))}. {versions}."
+    )
+
+
+def rendered(page: str) -> str:
+    """``page`` with the table between its markers."""
+    before, rest = page.split(BEGIN)
+    text = table(json.loads(RESULT.read_text(encoding="utf-8")))
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--render", action="store_true", help="write the table of docs/tensorrt.md")
+    options = parser.parse_args()
+    if options.render:
+        PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        measure(options.output)
 
 
 if __name__ == "__main__":
