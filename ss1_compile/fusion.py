@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -74,32 +74,57 @@ class Fused:
 
 
 class _StillEqual:
-    """Whether two inputs hold equal tensors; compared again only when one was changed."""
+    """Whether two inputs hold equal tensors; compared again only when one was changed.
+
+    Equal blocks of a model run one compiled graph on the tensors of each, so every pair of tensors
+    is remembered: comparing them at every call would make the host wait for the GPU.
+    """
 
     def __init__(self, first: int, second: int) -> None:
         self.indices = (first, second)
-        self.stamps: tuple[tuple[weakref.ref[Tensor], int, int], ...] | None = None
-        self.equal = False
+        self.known: dict[tuple[int, int], _Compared] = {}
 
     def __call__(self, args: Sequence[Any]) -> bool:
         a: Tensor = args[self.indices[0]]
         b: Tensor = args[self.indices[1]]
-        if self.stamps is not None:
-            (a_ref, a_version, a_pointer), (b_ref, b_version, b_pointer) = self.stamps
-            if (
-                a is a_ref()
-                and b is b_ref()
-                and a._version == a_version
-                and b._version == b_version
-                and a.data_ptr() == a_pointer
-                and b.data_ptr() == b_pointer
-            ):
-                return self.equal
-        self.equal = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        known = self.known.get((id(a), id(b)))
+        if known is not None and known.first.holds(a) and known.second.holds(b):
+            return known.equal
+        equal = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
         if a.is_inference() or b.is_inference():
-            return self.equal  # they do not tell when they are written
-        self.stamps = tuple((weakref.ref(t), t._version, t.data_ptr()) for t in (a, b))
-        return self.equal
+            return equal  # they do not tell when they are written
+        if len(self.known) >= _PAIRS:
+            self.known.clear()
+        self.known[id(a), id(b)] = _Compared(_Stamp(a), _Stamp(b), equal)
+        return equal
+
+
+_PAIRS = 4096
+
+
+class _Stamp:
+    """A tensor as it was: which object, how often written, and where it lies."""
+
+    __slots__ = ("pointer", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = weakref.ref(tensor)
+        self.version = tensor._version
+        self.pointer = tensor.data_ptr()
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is the same, unchanged."""
+        return (
+            self.tensor() is tensor
+            and self.version == tensor._version
+            and self.pointer == tensor.data_ptr()
+        )
+
+
+class _Compared(NamedTuple):
+    first: _Stamp
+    second: _Stamp
+    equal: bool
 
 
 def fuse_graph(
