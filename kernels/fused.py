@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ss1_compile.kernels import fused_cuda, fused_portable
+from ss1_compile.kernels import executor, fused_cuda, fused_portable
 from ss1_compile.kernels.launch import once_per_form
 from ss1_compile.kernels.layout import block_n
 from ss1_compile.kernels.op import check_sketch
@@ -276,7 +276,11 @@ def _register_device(key: str, kernels: Any) -> None:
         return y
 
     for function in (norm_sketch, activation_sketch, matmul):
-        _LIBRARY.impl(function.__name__, function, key)
+        name = function.__name__
+        if key == "CUDA":
+            executor.on_cuda.implement(_LIBRARY, name, _SCHEMAS[name], function)
+        else:
+            _LIBRARY.impl(name, function, key)
 
 
 _register_device("CPU", fused_portable)

@@ -10,7 +10,7 @@ dtype, whether it is None and whether it is a multiple of 16 are part of the loo
 device, since a compiled kernel is loaded for one.
 
 Importing this module does not need Triton. Under its interpreter nothing is compiled, and every
-call takes the first way.
+call takes the first way. Launches of a call that is recorded (:mod:`.program`) are written down.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ss1_compile.kernels.program import active
 
 _FORMS = 4096
 
@@ -65,7 +67,7 @@ class Launch:
         self.constants = constants
         self._blocks = blocks or {}
         self._options = options
-        self._compiled: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
+        self._compiled: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...], Any]] = {}
 
     def __call__(self, first: Tensor, *others: Any) -> None:
         """Launch on the current stream of the current device, which must be the operands'.
@@ -80,21 +82,36 @@ class Launch:
         for operand in operands:
             _describe(operand, key, arguments)
         known = self._compiled.get(tuple(key))
-        if known is None:
+        if active.recorder is not None:
+            self._record(operands, tuple(key))
+        elif known is None:
             self._first(operands, tuple(key))
-            return
-        run, fixed = known
-        for position, block in self._blocks.items():
-            if operands[position] is not None:
-                arguments[position] = _descriptor(operands[position], block)
-        run(*arguments, *fixed)
+        else:
+            run, fixed, _ = known
+            for position, block in self._blocks.items():
+                if operands[position] is not None:
+                    arguments[position] = _descriptor(operands[position], block)
+            run(*arguments, *fixed)
 
-    def _first(self, operands: tuple[Any, ...], key: tuple[Any, ...]) -> None:
-        """Launch through Triton, and keep what it compiled."""
+    def _record(self, operands: tuple[Any, ...], key: tuple[Any, ...]) -> None:
+        """Launch through Triton, and let the recorder write down the launch."""
+        recorder = active.recorder
+        self._first(operands, key)
+        _, fixed, compiled = self._compiled.get(key, (None, (), None))
+        if recorder is not None:
+            recorder.launch(compiled, self._grid, (*self._described(operands), *fixed))
+
+    def _described(self, operands: tuple[Any, ...]) -> list[Any]:
+        """The operands, with Triton's descriptors of those that are described to TMA."""
         arguments = list(operands)
         for position, block in self._blocks.items():
             if arguments[position] is not None:
                 arguments[position] = _checked_descriptor(arguments[position], block)
+        return arguments
+
+    def _first(self, operands: tuple[Any, ...], key: tuple[Any, ...]) -> None:
+        """Launch through Triton, and keep what it compiled."""
+        arguments = self._described(operands)
         compiled = self._kernel[self._grid](
             *arguments, *self._numbers, **self.constants, **self._options
         )
@@ -102,7 +119,8 @@ class Launch:
             return
         names = self._kernel.arg_names[len(operands) + len(self._numbers) :]
         constants = tuple(self.constants[name] for name in names)
-        self._compiled[key] = (compiled[self._grid], (*self._numbers, *constants))
+        fixed = (*self._numbers, *constants)
+        self._compiled[key] = (compiled[self._grid], fixed, compiled)
 
 
 def _describe(operand: Any, key: list[Any], arguments: list[Any]) -> None:

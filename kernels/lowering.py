@@ -18,7 +18,7 @@ device, and nothing is timed when a layer runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -295,7 +295,23 @@ def override(name: str | None) -> Iterator[None]:
     if name is not None and name not in NAMES:
         raise ValueError(f"no lowering {name!r}; choose from {', '.join(NAMES)}")
     token = _override.set(name)
+    _tell()
     try:
         yield
     finally:
         _override.reset(token)
+        _tell()
+
+
+_followers: list[Callable[[str | None], object]] = []
+
+
+def follow(told: Callable[[str | None], object]) -> None:
+    """Tell ``told`` which override is in force, now and where a thread enters or leaves one."""
+    _followers.append(told)
+    told(_override.get())
+
+
+def _tell() -> None:
+    for told in _followers:
+        told(_override.get())

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ss1_compile.kernels import cuda, native
+from ss1_compile.kernels import cuda, executor, native
 from ss1_compile.kernels.launch import once_per_form
 from ss1_compile.kernels.layout import block_n, group_size, is_rotation
 from ss1_compile.kernels.transforms import multilinear_tangent, register_gradients
@@ -135,7 +135,12 @@ def _register_device(key: str, kernels: ModuleType) -> None:
         return unsketched
 
     for name, function in (("linear", linear), ("sketch", sketch), ("unsketch", unsketch)):
-        _LIBRARY.impl(name, function, key)
+        if key == "CUDA":
+            executor.on_cuda.implement(
+                _LIBRARY, name, _SCHEMAS[name], function, differentiable=True
+            )
+        else:
+            _LIBRARY.impl(name, function, key)
 
 
 _register_device("CPU", native)
