@@ -64,6 +64,7 @@ class Executor:
         self._names: dict[str, bool] = {}
         self._failure: str | None = None
         self._compiled: ctypes.CDLL | None = None
+        self._driver_handle: int | None = None
         self.library: ctypes.CDLL | None = None
         self.settled = False
 
@@ -148,7 +149,7 @@ class Executor:
             raise _Unavailable(self._failure or "its C++ was not compiled")
         assert self._driver is not None
         _declare(self._compiled)
-        self._compiled.ss1_driver(*self._driver)
+        self._driver_handle = self._compiled.ss1_driver(*self._driver)
         for name in self._names:
             self._install(self._compiled, name)
         follow = self._compiled.ss1_context
@@ -168,7 +169,8 @@ class Executor:
 
     def _install(self, library: ctypes.CDLL, name: str) -> None:
         twin = f"{self._fallback.ns}::{name.partition('::')[2]}"
-        error = library.ss1_execute(name.encode(), twin.encode(), self._key.encode())
+        key, driver = self._key.encode(), self._driver_handle
+        error = library.ss1_execute(name.encode(), twin.encode(), key, driver)
         if not error and self._names[name]:
             error = library.ss1_gate(name.encode(), f"Autograd{self._key}".encode())
         if error:
@@ -206,8 +208,8 @@ def _context(forced: str | None) -> int:
 def _declare(library: ctypes.CDLL) -> None:
     text, integer, pointer = ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p
     signatures: dict[str, tuple[Any, list[Any]]] = {
-        "ss1_driver": (None, [pointer] * len(_DRIVER)),
-        "ss1_execute": (text, [text, text, text]),
+        "ss1_driver": (pointer, [pointer] * len(_DRIVER)),
+        "ss1_execute": (text, [text, text, text, pointer]),
         "ss1_gate": (text, [text, text]),
         "ss1_operator": (integer, [text, text]),
         "ss1_wanted": (ctypes.c_int, []),

@@ -122,7 +122,9 @@ bool requires_grad(const Tensors& tensors) {
 // ss1::<name> at a device's key; `fallback` has the Python implementation at that key.
 struct Executor final : c10::OperatorKernel {
   const c10::OperatorHandle fallback;
-  explicit Executor(c10::OperatorHandle fallback) : fallback(fallback) {}
+  const Driver& driver;
+  Executor(c10::OperatorHandle fallback, const Driver& driver)
+      : fallback(fallback), driver(driver) {}
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
     const auto count = op.schema().arguments().size();
@@ -156,7 +158,7 @@ struct Executor final : c10::OperatorKernel {
     const auto device = tensors[0]->device();
     c10::OptionalDeviceGuard device_guard;
     if (device.is_cuda()) device_guard.reset_device(device);
-    Replay replay{*program, tensors, device};
+    Replay replay{driver, *program, tensors, device};
     for (const auto& step : program->steps) std::visit(replay, step);
     stack->erase(stack->end() - count, stack->end());
     replay.finish(*stack);
@@ -214,17 +216,22 @@ void replace(const char* name, c10::DispatchKey key, c10::KernelFunction kernel)
 
 extern "C" {
 
-void ss1_driver(void* launch, void* replace_address, void* stream, void* retain, void* set) {
-  driver.launch = reinterpret_cast<decltype(driver.launch)>(launch);
-  driver.replace_address = reinterpret_cast<decltype(driver.replace_address)>(replace_address);
-  driver.stream = reinterpret_cast<decltype(driver.stream)>(stream);
-  driver.retain_context = reinterpret_cast<decltype(driver.retain_context)>(retain);
-  driver.set_context = reinterpret_cast<decltype(driver.set_context)>(set);
+// The driver's functions, kept for good.
+const void* ss1_driver(void* launch, void* replace_address, void* stream, void* retain, void* set) {
+  auto* driver = new Driver();
+  driver->launch = reinterpret_cast<decltype(driver->launch)>(launch);
+  driver->replace_address = reinterpret_cast<decltype(driver->replace_address)>(replace_address);
+  driver->stream = reinterpret_cast<decltype(driver->stream)>(stream);
+  driver->retain_context = reinterpret_cast<decltype(driver->retain_context)>(retain);
+  driver->set_context = reinterpret_cast<decltype(driver->set_context)>(set);
+  return driver;
 }
 
-const char* ss1_execute(const char* name, const char* fallback, const char* key) {
+const char* ss1_execute(
+    const char* name, const char* fallback, const char* key, const void* driver) {
   return guarded([&] {
-    auto executor = std::make_unique<Executor>(operator_of(fallback, ""));
+    auto executor = std::make_unique<Executor>(
+        operator_of(fallback, ""), *static_cast<const Driver*>(driver));
     replace(
         name,
         c10::parseDispatchKey(key),

@@ -69,7 +69,7 @@ struct Driver {
   int (*stream)(int32_t device, void** stream);
   int (*retain_context)(void** context, int device);
   int (*set_context)(void* context);
-} driver{};
+};
 
 // --- programs -----------------------------------------------------------------------------------
 
@@ -213,6 +213,7 @@ at::Tensor view_of(const at::Tensor& base, const View& view) {
 }
 
 struct Replay {
+  const Driver& driver;
   const Program& program;
   const Tensors& inputs;
   const c10::Device device;
