@@ -1,124 +1,254 @@
-"""Heal MiniLM after compression, and watch the cosine and the rank correlation on unseen text.
+"""Heal a pretrained model after compression, and watch it on unseen text.
 
-    python benchmarks/healing.py --device cuda --steps 4000           the full run, on a GPU
-    python benchmarks/healing.py --device cpu --steps 60 --texts 640  a few minutes' proof
+    python benchmarks/healing.py --device cuda                        MiniLM, c = 4
+    python benchmarks/healing.py --model smollm2 --device cuda        SmolLM2, c = 2, blocks 2-27
+    python benchmarks/healing.py --steps 48 --batch 32 --texts 1536   a few minutes' proof on a CPU
+    python benchmarks/render_healing.py                               docs/healing.md
 
-The row of the same device and reduction in results/healing.json is replaced. Training text, the
-planner's and the calibration's, and the 256 texts of the figures are disjoint.
+At every evaluation the run's row in results/healing.json is renewed. With ``--minutes`` a run ends
+at the first evaluation after so long. The compressed model and the state of the training are kept
+under ``--directory``: the same command goes on where the last one was.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import platform
 import re
+import time
+import warnings
+from pathlib import Path
 from typing import Any
 
 import harness
 import torch
+from healing_subjects import SUBJECTS, Subject, read_texts
+from safetensors import safe_open
 from torch import nn
 
 import ss1_compile
-from ss1_compile.demo.data import load_articles, load_model, load_sentences, tokenize
-from ss1_compile.demo.measure import embed, rank_correlation
+from ss1_compile.healing.state import STATE_FILE
 
 NAME = "healing"
-CALIBRATION, UNSEEN = 512, 256
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "minilm": {"reduction": 4.0, "batch": 128, "steps": 4000},
+    "smollm2": {"reduction": 2.0, "batch": 32, "steps": 1500},
+}
+COMPRESSION = ("reduction", "plan", "sequential", "seed")
+TRAINING = (
+    *("train", "texts", "batch", "steps", "block_steps", "learning_rate", "hidden_weight"),
+    "evaluations",
+)
+SETTINGS = (*COMPRESSION, *TRAINING)
 
 
-def texts(count: int, seed: int) -> tuple[list[str], list[str], list[str]]:
-    """Calibration, training and unseen texts: docstrings' sentences, then news in their place."""
-    every = load_sentences(3000, seed=seed)
-    unseen, rest = every[:UNSEEN], every[UNSEEN:]
-    calibration, training = rest[:CALIBRATION], rest[CALIBRATION:]
-    articles = load_articles(1800, 0, 200, seed=seed)
-    news = [
-        part
-        for article in articles.calibration
-        for part in re.split(r"(?<=[.!?]) ", article.body)
-        if 40 < len(part) < 300
-    ]
-    return calibration, (training + news)[:count], unseen
+class OutOfTime(Exception):
+    """The minutes are over; the state is on disk."""
 
 
-def pooled(model: nn.Module, batch: Any) -> torch.Tensor:
-    """Sentence embeddings ``[texts, features]``, differentiable."""
-    hidden = model(**batch).last_hidden_state
-    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+class Run:
+    """One row, from its first step or from where it was.
+
+    Args:
+        subject: what is healed.
+        arguments: of the command line.
+    """
+
+    def __init__(self, subject: Subject, arguments: argparse.Namespace) -> None:
+        self.subject, self.arguments = subject, arguments
+        self.started = time.monotonic()
+        on_gpu = arguments.device.type == "cuda"
+        self.row: dict[str, Any] = {
+            "model": subject.name,
+            **{name: getattr(arguments, name) for name in SETTINGS},
+            "texts": subject.texts,
+            "unit": subject.unit,
+            "more": [path.name for path in arguments.more],
+            "on": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+            "torch": torch.__version__,
+        }
+        self.base = arguments.directory / self._slug("model", *COMPRESSION)
+        self.directory = self.base / self._slug(*TRAINING)
+        self.total = arguments.steps + arguments.block_steps
+        self.every = max(1, self.total // arguments.evaluations)
+        due = {*range(0, self.total, self.every), arguments.block_steps, self.total}
+        done = self._resumed()
+        self.due = [step for step in sorted(due) if step > done or done == 0]
+        self.row["points"] = [p for p in self._earlier() if p["step"] not in self.due]
+
+    def _slug(self, *names: str) -> str:
+        return "-".join(re.sub(r"[^\w.]+", "_", str(self.row[name])) for name in names)
+
+    def _resumed(self) -> int:
+        """The step of the state on disk; 0 without one."""
+        path = self.directory / STATE_FILE
+        if not path.is_file():
+            return 0
+        with safe_open(path, framework="pt") as file:
+            return int(json.loads(file.metadata()["state"])["result"]["steps"])
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        row = next((row for row in read_rows() if same(row, self.row)), {"points": []})
+        found: list[dict[str, Any]] = row["points"]
+        return found
+
+    def compressed(self) -> nn.Module:
+        """The dense model's copy, compressed as the arguments say (by an earlier run maybe)."""
+        subject, arguments = self.subject, self.arguments
+        config = ss1_compile.SS1Config(
+            projection="learned",
+            reduction=arguments.reduction,
+            exclude=subject.exclude,
+            warn_error=10.0,
+        )
+        model = copy.deepcopy(subject.dense)
+        kept = self.base / "compressed"
+        if (kept / "ss1_config.json").is_file():
+            return ss1_compile.load(model, kept)
+        if arguments.plan:
+            config = self._planned(config)
+        start = time.monotonic()
+        ss1_compile.compress(model, config, subject.calibration, sequential=arguments.sequential)
+        print(f"compressed in {time.monotonic() - start:.0f} s", flush=True)
+        ss1_compile.save(model, kept)
+        return model
+
+    def _planned(self, config: ss1_compile.SS1Config) -> ss1_compile.SS1Config:
+        path = self.base / "plan.json"
+        if not path.is_file():
+            target = 1 / self.arguments.reduction
+            plan = ss1_compile.plan(
+                self.subject.dense,
+                self.subject.calibration,
+                target,
+                config=config,
+                output=self.subject.output,
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            plan.save(path)
+        return ss1_compile.Plan.load(path).config
+
+    def evaluate(self, model: nn.Module) -> float:
+        """The figure that counts; the row is renewed.
+
+        Raises:
+            OutOfTime: the minutes are over.
+        """
+        found = {name: round(value, 4) for name, value in self.subject.figures(model).items()}
+        minutes = (time.monotonic() - self.started) / 60
+        point = {"step": self.due.pop(0), **found, "at_minute": round(minutes, 2)}
+        self.row["points"].append(point)
+        self.write(finished=False)
+        print(point, flush=True)
+        limit = self.arguments.minutes
+        if limit is not None and minutes > limit and self.due:
+            raise OutOfTime
+        return next(iter(found.values()))
+
+    def write(self, *, finished: bool) -> None:
+        """Put the row in the place of an earlier one."""
+        rows = [row for row in read_rows() if not same(row, self.row)]
+        harness.write(NAME, {"rows": [*rows, {**self.row, "finished": finished}]})
+
+    def heal(self) -> None:
+        """The whole run."""
+        arguments, subject = self.arguments, self.subject
+        dense = {name: round(v, 4) for name, v in subject.figures(subject.dense).items()}
+        self.row["dense"] = dense
+        print({"dense": dense, "batches": len(subject.training)}, flush=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ss1_compile.SS1Warning)
+            model = self.compressed()
+        result = ss1_compile.heal(
+            model,
+            subject.dense,
+            subject.training,
+            steps=arguments.steps,
+            block_steps=arguments.block_steps,
+            learning_rate=arguments.learning_rate,
+            hidden_weight=arguments.hidden_weight,
+            train=arguments.train,
+            evaluate_every=self.every,
+            save_every=max(1, self.every // 2),
+            seed=arguments.seed,
+            output=subject.output,
+            metric=self.evaluate,
+            directory=self.directory,
+            progress=False,
+        )
+        self.row |= {"seconds": round(result.seconds, 1), "trained": result.trained}
+        self.row["losses"] = [
+            [entry["step"], round(entry["loss"], 4)]
+            for entry in result.curve
+            if entry["loss"] is not None
+        ][:: max(1, len(result.curve) // 50)]
+        self.write(finished=True)
+        print({name: value for name, value in self.row.items() if name != "losses"})
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    device = torch.device(arguments.device)
-    torch.manual_seed(arguments.seed)
-    dense, tokenizer = load_model()
-    dense = dense.to(device)
-    calibration, training, unseen = (
-        [
-            {name: tensor.to(device) for name, tensor in batch.items()}
-            for batch in tokenize(tokenizer, sorted(part, key=len), batch_size=32)
-        ]
-        for part in texts(arguments.texts, arguments.seed)
-    )
-    config = ss1_compile.SS1Config(
-        projection="learned", reduction=arguments.reduction, warn_error=10.0
-    )
-    if arguments.plan:
-        target = 1 / arguments.reduction
-        plan = ss1_compile.plan(dense, calibration, target, config=config, output=pooled)
-        config = plan.config
-    model = copy.deepcopy(dense)
-    ss1_compile.compress(model, config, calibration, sequential=arguments.sequential)
-    reference = embed(dense, unseen)
-    figures: list[dict[str, float]] = []
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows are of the same run."""
+    return all(one.get(name) == other[name] for name in ("model", *SETTINGS, "on"))
 
-    def cosine(healed: nn.Module) -> float:
-        embeddings = embed(healed, unseen)
-        mean = float((embeddings * reference).sum(1).mean())
-        rank = rank_correlation(embeddings.cpu(), reference.cpu())
-        figures.append({"cosine": round(mean, 4), "spearman": round(rank, 4)})
-        print(figures[-1], flush=True)
-        return mean
 
-    result = ss1_compile.heal(
-        model,
-        dense,
-        training,
-        steps=arguments.steps,
-        block_steps=arguments.block_steps,
-        learning_rate=arguments.learning_rate,
-        evaluate_every=max(1, arguments.steps // arguments.evaluations),
-        seed=arguments.seed,
-        output=pooled,
-        metric=cosine,
-    )
-    print(result)
-    names = ("device", "reduction", "plan", "sequential", "texts", "steps", "block_steps")
-    row: dict[str, Any] = {name: getattr(arguments, name) for name in names}
-    row |= {"learning_rate": arguments.learning_rate, "seed": arguments.seed}
-    row["on"] = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    row |= {"torch": torch.__version__, "seconds": round(result.seconds, 1)}
-    row |= {"before": figures[0], "after": figures[-1], "curve": result.curve}
+def read_rows() -> list[dict[str, Any]]:
+    """The rows so far."""
     try:
-        rows = harness.read(NAME)["rows"]
+        rows: list[dict[str, Any]] = harness.read(NAME)["rows"]
     except FileNotFoundError:
-        rows = []
-    key = ("device", "reduction", "plan", "seed")
-    rows = [r for r in rows if any(r[k] != row[k] for k in key)]
-    print(harness.write(NAME, {"rows": [*rows, row]}))
+        return []
+    return rows
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--reduction", type=float, default=4)
+def parse() -> argparse.Namespace:
+    """The command line, with the defaults of the model."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=SUBJECTS, default="minilm")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--reduction", type=float)
     parser.add_argument("--plan", action="store_true", help="planned c's of equal cost")
-    parser.add_argument("--sequential", action="store_true")
-    parser.add_argument("--texts", type=int, default=20000)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--one-shot", dest="sequential", action="store_false")
+    parser.add_argument("--train", choices=("ss1", "all"), default="ss1")
+    parser.add_argument("--texts", type=int, help="train on so many at most")
+    parser.add_argument(
+        "--more", type=Path, nargs="+", default=[], help="text or HTML to train on, too"
+    )
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--block-steps", type=int, default=0)
     parser.add_argument("--evaluations", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--hidden-weight", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    measure(parser.parse_args())
+    parser.add_argument("--minutes", type=float, help="end at the first evaluation after so long")
+    parser.add_argument("--directory", type=Path, default=Path("out/healing"))
+    arguments = parser.parse_args()
+    for name, value in DEFAULTS[arguments.model].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
+
+
+def main() -> None:
+    """Measure one row."""
+    arguments = parse()
+    torch.manual_seed(arguments.seed)
+    subject = SUBJECTS[arguments.model](
+        arguments.device,
+        arguments.texts,
+        arguments.batch,
+        arguments.seed,
+        read_texts(arguments.more),
+    )
+    try:
+        Run(subject, arguments).heal()
+    except OutOfTime:
+        print("out of time; the same command goes on here")
+
+
+if __name__ == "__main__":
+    main()

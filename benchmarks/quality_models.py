@@ -7,7 +7,7 @@ import importlib.util
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -144,19 +144,25 @@ class SmolLM2:
         self.model: nn.Module = model.to(device).eval()
         self.exclude: tuple[str, ...] = tuple(f"*.layers.{i}.*" for i in (0, 1, 28, 29))
         self.exclude += ("lm_head",)
+        self._tokenizer = tokenizer
         articles = _wikipedia()
-        self._evaluation = self._windows(tokenizer, articles[:30])[: self.evaluated]
-        self._calibration = self._windows(tokenizer, articles[30:])
+        self._evaluation = self.windows(articles[:30])[: self.evaluated]
+        self._calibration = self.windows(articles[30:])
         if len(self._calibration) < 3 * self.documents:
             raise ValueError(f"at most {len(self._calibration) // 3} windows per seed")
 
-    def _windows(self, tokenizer: Any, articles: list[str]) -> list[Tensor]:
+    def windows(self, articles: Sequence[str]) -> list[Tensor]:
+        """Windows of ``window`` tokens within an article, int64, in a fixed random order."""
         rows: list[Tensor] = []
         for text in articles:
-            ids = tokenizer(text, return_tensors="pt").input_ids[0]
+            ids = self._tokenizer(text, return_tensors="pt").input_ids[0]
             rows += list(ids.unfold(0, self.window, self.window)) if len(ids) > self.window else []
         random.Random(0).shuffle(rows)
         return rows
+
+    def windows_but_evaluated(self) -> list[Tensor]:
+        """Those of all articles but the ones that the model is judged by."""
+        return list(self._calibration)
 
     def layers(self, model: nn.Module) -> list[str]:
         """Every linear layer of the blocks in question."""

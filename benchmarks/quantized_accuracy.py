@@ -2,6 +2,7 @@
 
     python benchmarks/quantized_accuracy.py [--model minilm|smollm2] [--device cuda]
                                             [--projections calibrated learned] [--reductions 2 4]
+                                            [--minutes 8]
     python benchmarks/render_quantization.py      # docs/quantization.md
 
 Each model is compressed once (one-shot calibration, no fine-tuning), copied, and quantised by
@@ -12,7 +13,8 @@ quantisation adds to the latter, ``error / error of SS1 - 1``. Also per layer, o
 quantisation and both cost (``ss1_compile.sensitivity``).
 
 Finished rows are appended to ``benchmarks/results/quantized_accuracy.json``; a run leaves out those
-that are there.
+that are there, and with ``--minutes`` begins no further one after so long. With other `--documents`
+than before a model's rows are measured anew.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import time
 import warnings
 from dataclasses import asdict
 from typing import Any
@@ -67,21 +70,25 @@ class Outputs:
 
 
 def measure(
-    subject: Subject, results: dict[str, Any], projections: list[str], reductions: list[float]
+    subject: Subject, results: dict[str, Any], arguments: argparse.Namespace, started: float
 ) -> None:
     """Append the missing rows."""
+    reductions = arguments.reductions or subject.reductions
     outputs = Outputs(subject)
     dense = outputs.of(subject.model)
     calibration = subject.calibration(0)
     statistics = ss1_compile.calibrate(subject.model, calibration, progress=False)
+    on = torch.cuda.get_device_name() if subject.device.type == "cuda" else "CPU"
     have = {
         (r["model"], r["projection"], r["c"], r["form"], r["rounding"]) for r in results["rows"]
     }
-    for projection, c in itertools.product(projections, reductions):
+    for projection, c in itertools.product(arguments.projections, reductions):
         methods = METHODS + FLOAT8 * (subject.device.type == "cuda")
         wanted = [(None, None), *itertools.product(methods, ROUNDINGS)]
         if all((subject.name, projection, c, *form) in have for form in wanted):
             continue
+        if late(started, arguments.minutes):
+            return
         base = copy.deepcopy(subject.model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SS1Warning)
@@ -98,6 +105,8 @@ def measure(
         for form, rounding in wanted:
             if (subject.name, projection, c, form, rounding) in have:
                 continue
+            if late(started, arguments.minutes):
+                return
             model, added = base, None
             if form is not None:
                 model = copy.deepcopy(base)
@@ -122,10 +131,19 @@ def measure(
                 "error": round(outputs.distance(found, dense), 5),
                 "added": round(outputs.distance(found, dense) / own - 1, 5),
                 **{k: round(v, 5) for k, v in subject.evaluate(model).items()},
+                "on": on,
             }
             results["rows"].append(row)
             harness.write(NAME, results)
             print(row, flush=True)
+
+
+def late(started: float, minutes: float | None) -> bool:
+    """Whether the minutes are over, which it says."""
+    over = minutes is not None and time.monotonic() - started > 60 * minutes
+    if over:
+        print("out of time; the next run goes on here")
+    return over
 
 
 def sensitivities(subject: Subject, results: dict[str, Any]) -> None:
@@ -159,22 +177,24 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=None, help="calibration documents")
     parser.add_argument("--projections", nargs="+", default=["calibrated", "learned"])
     parser.add_argument("--reductions", nargs="+", type=float, default=None)
+    parser.add_argument("--minutes", type=float, help="begin no further row after so long")
     arguments = parser.parse_args()
+    started = time.monotonic()
     torch.manual_seed(0)
     try:
         results = harness.read(NAME)
     except FileNotFoundError:
         results = {"rows": [], "layers": []}
     subject = MODELS[arguments.model](arguments.device, arguments.documents)
-    results[f"{arguments.model}_run"] = {
-        "device": str(arguments.device),
-        "torch": torch.__version__,
-        "calibration_tokens": subject.tokens(0),
-    }
+    run = {"torch": torch.__version__, "calibration_tokens": subject.tokens(0)}
+    earlier = results.setdefault(f"{arguments.model}_run", run)
+    if earlier["calibration_tokens"] != run["calibration_tokens"]:  # of other statistics
+        results["rows"] = [row for row in results["rows"] if row["model"] != subject.name]
+        results["layers"] = [] if arguments.model == "minilm" else results["layers"]
+    results[f"{arguments.model}_run"] = run
     if arguments.model == "minilm":
         sensitivities(subject, results)
-    reductions = arguments.reductions or list(subject.reductions)
-    measure(subject, results, arguments.projections, reductions)
+    measure(subject, results, arguments, started)
 
 
 if __name__ == "__main__":

@@ -176,14 +176,9 @@ def accuracy_part(result: Result) -> list[str]:
         "benchmarks/quantized_accuracy.py`). *Change*: relative difference of the output (hidden "
         "states, logits) from the unquantised SS1 model's; *added*: by how much the distance from "
         "the *dense* model grows. The aim is at most 2 %.\n",
-        *(
-            f"Calibrated on {result[key]['calibration_tokens']} tokens, on "
-            f"{result[key]['device']}.\n"
-            for key in ("minilm_run", "smollm2_run")
-            if key in result
-        ),
     ]
     rows: Sequence[Mapping[str, Any]] = result["rows"]
+    runs = {name: result[f"{key}_run"] for key, name in _MODELS.items() if f"{key}_run" in result}
     for model in dict.fromkeys(row["model"] for row in rows):
         own = pick(rows, model=model)
         scores = [key for key in own[0] if key not in _COLUMNS]
@@ -202,6 +197,8 @@ def accuracy_part(result: Result) -> list[str]:
         most = max(row["added"] for row in own if row["form"] not in (None, "fp8_dynamic"))
         parts += [
             f"### {model}\n",
+            f"Calibrated on {runs[model]['calibration_tokens']} tokens; measured on "
+            f"{' and '.join(dict.fromkeys(row.get('on', 'CPU') for row in own))}.\n",
             markdown([*head, *(score.replace("_", " ") for score in scores)], lines) + "\n",
             f"int8 adds at most {most:.2%}: {verdict(most <= 0.02)}.\n",
         ]
@@ -227,7 +224,9 @@ def accuracy_part(result: Result) -> list[str]:
     return parts
 
 
+_MODELS = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M, blocks 2-27"}
 _COLUMNS = {
+    "on",
     "model",
     "projection",
     "c",
