@@ -90,17 +90,12 @@ def function_body(
     lines.append(f"x1 = Reshape ({'padded' if traits.pads else 'X'}, grouped)")
     by_features = operator.kind == "learned" or traits.narrow
     lines += _APPLY_TO_FEATURES if by_features else ["x2 = MatMul (S, x1)"]  # [M, G, J·P, 8]
-    lines += ["x3 = Identity (x2)"] if flat else _BY_HASH
+    lines += ["x3 = Reshape (x2, flat)"] if flat else _BY_HASH
     if quantization == "int8_per_token":
         lines = [*_WIDEN, *(_widened(line) for line in lines)]
     if quantization == "int8_weight_only":
         lines += _DEQUANTIZE
     lines += products(quantization, traits.unrolled, traits.cuts, traits.wide, traits.biased)
-    lines += [
-        "lead = Shape <start = 0, end = -1> (X)",
-        "out_shape = Concat <axis = 0> (lead, N)",
-        "Y = Reshape (biased, out_shape)",
-    ]
     return parser.parse_function(
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
         f"{operator.name} <{', '.join(operator.attributes)}> "
@@ -119,6 +114,8 @@ _SIZES = [
     "parts = Shape <start = 2, end = 3> (sketch)",  # c, or gsize
     "N = Shape <start = 0, end = 1> (Z)",
     "Kc = Shape <start = 1, end = 2> (Z)",
+    "lead = Shape <start = 0, end = -1> (X)",
+    "flat = Concat <axis = 0> (lead, Kc)",
 ]
 
 _ROTATION = [

@@ -1,6 +1,9 @@
 """The matrix products of the operators' bodies: from the sketch ``x3 [M, G, J, B_K]`` to ``Y``.
 
-With the products written out and J = 1, ``x3`` may have any shape of as many values.
+Products that are written out have the leading dimensions of X, so that the last operator gives Y
+and nothing has to be reshaped (a copy, if Y is an output of the model). With J = 1, and unless
+activations are quantised per token, ``x3`` is ``[..., K_c]`` already: ONNX Runtime then fuses the
+quantisation into the product, where one layer alone reads it.
 
 Activations are quantised per tensor (``int8_dynamic``, the pattern that ONNX Runtime fuses) or per
 row and column block (``int8_per_token``: ``s_x = max|x| / 127``, the arithmetic of
@@ -25,7 +28,7 @@ def products(
     wide: bool,
     biased: bool,
 ) -> list[str]:
-    """The lines that compute ``biased [M, N]`` from ``x3``, Z and B.
+    """The lines that compute ``Y [..., N]`` from ``x3``, Z and B.
 
     Args:
         quantization: of the operator.
@@ -140,7 +143,7 @@ def _unrolled(plan: _Plan, num_hashes: int, biased: bool) -> list[str]:
 
     B is added block by block where it can be cut, since runtimes fuse it into each product.
     """
-    lines = ["flat = Concat <axis = 0> (any, Kc)"]
+    lines: list[str] = []
 
     def split(source: str, axis: int) -> list[str]:
         if num_hashes == 1:
@@ -157,24 +160,27 @@ def _unrolled(plan: _Plan, num_hashes: int, biased: bool) -> list[str]:
     x_scales = split("x_scale", 2) if plan.per_token else [""] * num_hashes
     biases = split("B", 0) if biased else []
     if plan.per_token:
-        lines.append("column = Concat <axis = 0> (any, one)")
+        lines.append("column = Concat <axis = 0> (lead, one)")
     for j in range(num_hashes):
-        lines.append(f"rows_{j} = Reshape ({inputs[j]}, flat)")
+        rows = inputs[j]
+        if num_hashes > 1 or plan.per_token:
+            rows = f"rows_{j}"
+            lines.append(f"{rows} = Reshape ({inputs[j]}, flat)")
         rights = [f"right_{j}_{part}" for part in range(len(weights))]
         for right, weight in zip(rights, weights, strict=True):
             lines.append(f"{right} = Transpose <perm = [1, 0]> ({weight[j]})")
         if plan.per_token:
             lines.append(f"row_scale_{j} = Reshape ({x_scales[j]}, column)")
-        lines += _product(plan, f"rows_{j}", rights, f"row_scale_{j}", scales[j], f"y_{j}")
+        lines += _product(plan, rows, rights, f"row_scale_{j}", scales[j], f"y_{j}")
     if num_hashes == 1:
-        return [*lines, *_add_bias(plan, "y_0", "B", "biased")]
+        return [*lines, *_add_bias(plan, "y_0", "B", "Y")]
     for j, bias in enumerate(biases):
         lines += _add_bias(plan, f"y_{j}", bias, f"biased_{j}")
     parts = ", ".join(f"{'biased' if biased else 'y'}_{j}" for j in range(num_hashes))
     if biased:
-        return [*lines, f"biased = Concat <axis = 1> ({parts})"]
-    lines.append(f"product = Concat <axis = 1> ({parts})")
-    return [*lines, *_add_bias(plan, "product", "B", "biased")]
+        return [*lines, f"Y = Concat <axis = -1> ({parts})"]
+    lines.append(f"product = Concat <axis = -1> ({parts})")
+    return [*lines, *_add_bias(plan, "product", "B", "Y")]
 
 
 def _batched(plan: _Plan, cuts: bool) -> list[str]:
@@ -220,4 +226,9 @@ def _batched(plan: _Plan, cuts: bool) -> list[str]:
     ]
     if cuts:
         lines.append("product = Slice (whole_rows, no_rows, N, one)")
-    return [*lines, *_add_bias(plan, "product", "B", "biased")]
+    return [
+        *lines,
+        *_add_bias(plan, "product", "B", "biased"),
+        "out_shape = Concat <axis = 0> (lead, N)",
+        "Y = Reshape (biased, out_shape)",
+    ]
