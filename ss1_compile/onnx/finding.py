@@ -13,8 +13,8 @@ import onnx_ir as ir
 from torch import Tensor
 
 from ss1_compile.config import SS1Config
+from ss1_compile.learned import Structure
 from ss1_compile.onnx.runner import to_torch
-from ss1_compile.structure import SS1Structure
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
@@ -30,7 +30,7 @@ class FoundLinear:
     weight: Tensor
     """``[N, K]``."""
     bias: Tensor | None
-    structure: SS1Structure | None = None
+    structure: Structure | None = None
     reason: str | None = None
 
     @property
@@ -40,8 +40,13 @@ class FoundLinear:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def find_linears(model: ir.Model, config: SS1Config) -> list[FoundLinear]:
-    """The linear layers of the main graph, in order, with structures or reasons."""
+def find_linears(
+    model: ir.Model, config: SS1Config, *, calibrated: bool = False
+) -> list[FoundLinear]:
+    """The linear layers of the main graph, in order, with structures or reasons.
+
+    ``calibrated`` says whether there will be statistics of their inputs.
+    """
     found = []
     for node in model.graph:
         layer = _linear(node) if node.domain == "" else None
@@ -51,10 +56,10 @@ def find_linears(model: ir.Model, config: SS1Config) -> list[FoundLinear]:
         if layer.reason is not None:
             continue
         n, k = layer.weight.shape
-        structure = config.structure_for(layer.name, k, n)
+        structure = config.structure_for(layer.name, k, n, calibrated=calibrated)
         if isinstance(structure, str):
             layer.reason = structure
-        elif isinstance(structure, SS1Structure):
+        else:
             layer.structure = structure
     return found
 

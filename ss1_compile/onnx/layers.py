@@ -14,6 +14,7 @@ from onnx_ir.passes.common import InlinePass
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CheckpointError
 from ss1_compile.kernels.layout import block_n
+from ss1_compile.learned import Structure
 from ss1_compile.onnx.functions import NARROW, Traits, function_body
 from ss1_compile.onnx.operators import (
     BLOCK_K,
@@ -128,9 +129,11 @@ def in_features_of(node: ir.Node) -> int:
     return _positive(node, IN_FEATURES)
 
 
-def attributes_of(structure: SS1Structure) -> list[ir.Attr]:
-    """The attributes of a node with a rotation sketch."""
-    sizes = {IN_FEATURES: structure.in_features, BLOCK_K: structure.block_k}
+def attributes_of(structure: Structure) -> list[ir.Attr]:
+    """The attributes of a node."""
+    sizes = {IN_FEATURES: structure.in_features}
+    if isinstance(structure, SS1Structure):
+        sizes[BLOCK_K] = structure.block_k
     return [ir.AttrInt64(name, value) for name, value in sizes.items()]
 
 

@@ -1,19 +1,18 @@
 """ONNX to ONNX: compress the linear layers of a file, for those who have nothing else.
 
-What is a linear layer says :mod:`ss1_compile.onnx.finding`. It becomes one SS1 node.
+What is a linear layer says :mod:`ss1_compile.onnx.finding`, and how it becomes one SS1 node
+:mod:`ss1_compile.onnx.replacing`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from ss1_compile.calibration.moments import InputStatistics, Moments
 from ss1_compile.config import Quantization, SS1Config
@@ -21,13 +20,11 @@ from ss1_compile.errors import CalibrationError, ConfigError
 from ss1_compile.onnx import layers as onnx_layers
 from ss1_compile.onnx.files import ExternalData, check_target, publish, save_model, staging
 from ss1_compile.onnx.finding import FoundLinear, find_linears
-from ss1_compile.onnx.operators import DOMAIN, VERSION, Operator
 from ss1_compile.onnx.quantization import EIGHT_BITS, SEVEN_BITS, check_quantization, quantize
-from ss1_compile.onnx.runner import Runner, to_numpy, to_torch
+from ss1_compile.onnx.replacing import replace_layers, row_as_it_is, row_of
+from ss1_compile.onnx.runner import Runner, to_torch
 from ss1_compile.onnx.untrusted import read_model
-from ss1_compile.projection.project import project
-from ss1_compile.report import LayerReport, Report
-from ss1_compile.structure import SS1Structure
+from ss1_compile.report import Report
 
 _OLDEST_OPSET = 18
 
@@ -57,8 +54,9 @@ def compress_onnx(
         out: of the new one; may be the same.
         config: what to compress and how; or pass its fields as keywords. Layers are called after
             their node, or their weight if the node has no name.
-        calibration: inputs of the file by name, a mapping per batch. Without them weights are
-            averaged, which ruins a pretrained model.
+        calibration: inputs of the file by name, a mapping per batch. With them layers get learned
+            sketches, as ``config`` says; those that read one input share one. Without them weights
+            are averaged, which ruins a pretrained model.
         quantization: see :func:`ss1_compile.export_onnx`.
         reduce_range: see :func:`ss1_compile.export_onnx`.
         form: see :func:`ss1_compile.export_onnx`.
@@ -81,13 +79,13 @@ def compress_onnx(
         raise ConfigError(f"form must be one of {list(onnx_layers.FORMS)}, got {form!r}")
     target = check_target(out, external_data)
     model = _modern(read_model(path))
-    found = find_linears(model, config)
     batches = None if calibration is None else list(calibration)
+    if config.projection in ("calibrated", "learned") and batches is None:
+        raise CalibrationError(f"projection={config.projection!r} needs calibration feeds")
+    found = find_linears(model, config, calibrated=batches is not None)
     with staging(target) as stage:
         statistics = {} if batches is None else _calibrate(model, found, batches, stage)
-        if config.projection == "calibrated" and batches is None:
-            raise CalibrationError("projection='calibrated' needs calibration feeds; pass them")
-        report = Report([_rewrite(model, layer, config, statistics) for layer in found])
+        report = Report(replace_layers(model, found, config, statistics))
         report.require_some(config)
         report.warn_if_ruined(config.warn_error)
         onnx_layers.share_sketches(model)
@@ -121,7 +119,8 @@ def estimate_onnx(
         **options: fields of :class:`SS1Config`.
 
     Returns:
-        A row per linear layer; ``bytes_after`` is what z, sketch and bias will take.
+        A row per linear layer; ``bytes_after`` is what z, sketch and bias will take. Learned
+        sketches (``projection="learned"``) are counted for each layer, shared or not.
 
     Raises:
         CheckpointError: the file is damaged or tampered with.
@@ -130,9 +129,9 @@ def estimate_onnx(
     config = _config(config, options)
     report = Report()
     for layer in find_linears(read_model(path), config):
-        row = _row(layer)
+        row = row_as_it_is(layer)
         if layer.structure is not None:
-            row = _compressed(row, layer, layer.structure)
+            row = row_of(row, layer, layer.structure)
         report.layers.append(row)
     return report
 
@@ -140,13 +139,7 @@ def estimate_onnx(
 def _config(config: SS1Config | None, options: Mapping[str, Any]) -> SS1Config:
     if config is not None and options:
         raise ConfigError(f"pass either config or options, not both ({', '.join(options)})")
-    config = config or SS1Config.from_dict(options)
-    if config.projection not in (None, "average", "calibrated"):
-        raise ConfigError(
-            f"projection={config.projection!r} is not available for ONNX files; compress the "
-            f"PyTorch model and export it"
-        )
-    return config
+    return config or SS1Config.from_dict(options)
 
 
 def _modern(model: ir.Model) -> ir.Model:
@@ -195,81 +188,3 @@ def _calibrate(
             held = moments.setdefault(x, Moments(rows.shape[1], rows.device))
             held.absorb(rows, layer.name)
     return {x: held.finish() for x, held in moments.items() if held.count}
-
-
-# --- rewriting ----------------------------------------------------------------------------------
-
-
-def _row(layer: FoundLinear) -> LayerReport:
-    n, k = layer.weight.shape
-    size = layer.bytes
-    return LayerReport(layer.name, layer.node.op_type, (n, k), size, size, reason=layer.reason)
-
-
-def _compressed(row: LayerReport, layer: FoundLinear, structure: SS1Structure) -> LayerReport:
-    element = layer.weight.element_size()
-    after = element * structure.out_features * (structure.reduced_features)
-    after += structure.code.numel() * structure.code.element_size()
-    after += 0 if layer.bias is None else layer.bias.numel() * element
-    return replace(row, bytes_after=after, reduction=structure.reduction)
-
-
-def _rewrite(
-    model: ir.Model,
-    layer: FoundLinear,
-    config: SS1Config,
-    statistics: Mapping[ir.Value, InputStatistics],
-) -> LayerReport:
-    """Project the layer and put an SS1 node in its place; its row."""
-    row = _row(layer)
-    structure = layer.structure
-    if structure is None:
-        return row
-    known = statistics.get(layer.x)
-    if config.projection == "calibrated" and known is None:
-        return replace(row, reason="the calibration data never reached it")
-    projection = project(
-        layer.weight,
-        structure,
-        layer.bias,
-        statistics=known,
-        method=config.projection,
-        damping=config.damping,
-        name=layer.name,
-    )
-    row = replace(
-        row,
-        error=projection.error,
-        error_of=projection.error_of,
-        projection=projection.method,
-    )
-    if config.max_error is not None and projection.error > config.max_error:
-        reason = f"relative error {projection.error:.3f} exceeds max_error = {config.max_error}"
-        return replace(row, reason=reason)
-    bias = torch.zeros((), dtype=layer.weight.dtype) if layer.bias is None else projection.bias
-    assert bias is not None
-    operands = {"sketch": structure.code, "z": projection.z, "bias": bias}
-    values = [
-        onnx_layers.add_initializer(model, f"{layer.name}.{which}", to_numpy(tensor))
-        for which, tensor in operands.items()
-    ]
-    new = ir.Node(
-        DOMAIN,
-        Operator("rotation").name,
-        [layer.x, *values],
-        onnx_layers.attributes_of(structure),
-        version=VERSION,
-        name=layer.name,
-    )
-    last = layer.add or layer.node
-    onnx_layers.copy_output(last.outputs[0], new.outputs[0])
-    old = [node for node in (layer.add, layer.node) if node is not None]
-    dropped = [value for node in old for value in node.inputs]
-    graph = layer.node.graph
-    assert graph is not None
-    ir.convenience.replace_nodes_and_values(
-        graph, last, old, [new], [last.outputs[0]], [new.outputs[0]]
-    )
-    for value in dropped:
-        onnx_layers.drop_unused(model, value)
-    return _compressed(row, layer, structure)
