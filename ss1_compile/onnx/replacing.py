@@ -116,8 +116,8 @@ def _replace_sharing(
     height = sum(layer.weight.shape[0] for layer in replaced)
     for layer in replaced:
         row, (n, k) = rows[layer], layer.weight.shape
-        own = n * shared.structure(layer.weight).reduced_features
-        own += shared.blocks.numel() * n / height
+        part = n / height
+        own = n * shared.structure(layer.weight).reduced_features + shared.blocks.numel() * part
         stored = row.bytes_after
         if layer is not replaced[0]:  # the initializer is the first one's
             stored -= shared.blocks.numel() * shared.blocks.element_size()
