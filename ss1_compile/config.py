@@ -71,6 +71,12 @@ class SS1Config:
             and N/2 within 128 … 384 if not; elsewhere about 128.
         share_sketches: layers that read the same input (q, k and v, say) get one learned sketch in
             common, which is stored and computed once and leaves more of the budget to each.
+        weigh_outputs: learned sketches are fitted with a layer's output errors weighed by what the
+            model makes of them: gradients, which ``compress`` collects from calibration batches
+            (of the model's outputs, no labels are needed; a second forward and a backward pass per
+            batch). A model that does not allow it has its outputs counted alike, and the report
+            says why. Statistics collected earlier have gradients if
+            ``calibrate(..., weigh_outputs=True)`` made them.
         projection: how a dense weight becomes z. ``"average"`` is the signed mean of the tied
             weights, ``"calibrated"`` minimises the output error on calibration inputs,
             ``"learned"`` does so over z and the blocks of a learned sketch (c = 1 stays a rotation,
@@ -111,6 +117,7 @@ class SS1Config:
     block_k: int | None = None
     group_size: int | None = None
     share_sketches: bool = True
+    weigh_outputs: bool = True
     hash_family: HashFamily = "independent"
     signed: bool = True
     seed: int = 0
@@ -176,7 +183,7 @@ class SS1Config:
         if self.seed.bit_length() > 64:
             raise ConfigError("seed must be an integer of at most 64 bits")
         _require_int("min_features", self.min_features, 0)
-        for name in ("signed", "share_sketches", "allow_empty", "strict"):
+        for name in ("signed", "share_sketches", "weigh_outputs", "allow_empty", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _require_choice("hash_family", self.hash_family, HASH_FAMILIES)

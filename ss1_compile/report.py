@@ -82,9 +82,15 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """A row per linear layer, in model order. ``print(report)`` shows the table."""
+    """A row per linear layer, in model order. ``print(report)`` shows the table.
+
+    Attributes:
+        layers: the rows.
+        notes: what concerns all of them, shown under the table.
+    """
 
     layers: list[LayerReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -169,6 +175,7 @@ class Report:
             "mean_error": self.mean_error,
             "mean_quantization_error": self.mean_quantization_error,
             "layers": [asdict(layer) for layer in self.layers],
+            "notes": list(self.notes),
         }
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -209,6 +216,8 @@ class Report:
             # Patterns such as "layer.[0-3].*" in a reason would read as markup.
             cells = (layer.name, layer.op, shape, c, size, error, note)
             table.add_row(*(escape(cell) for cell in cells))
+        if self.notes:
+            table.caption, table.caption_justify = escape("\n".join(self.notes)), "left"
         return table
 
     def __str__(self) -> str:

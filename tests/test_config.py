@@ -40,6 +40,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("signed", 1),
     ("signed", None),
     ("share_sketches", 1),
+    ("weigh_outputs", "output"),
     ("seed", 0.5),
     ("seed", None),
     ("seed", 2**65),

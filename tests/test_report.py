@@ -76,6 +76,7 @@ def test_json(report):
         "bytes_after": 4 * 2**20,
         "mean_error": 0.5,
         "mean_quantization_error": None,
+        "notes": [],
     }
     assert values["layers"][0] == {
         "name": "a.up",

@@ -36,6 +36,9 @@ class InputStatistics:
         drift: of inputs in a compressed model, what sets them apart from the dense model's.
         held_out: the statistics of some of these rows, which are there to choose by: what is fitted
             to the others can be tried on them (:meth:`without_held_out`).
+        gradients: ``E[g gᵀ]``, float64 ``[K, K]``, for the gradient ``g = δ W`` that goes into
+            these inputs through *one* weight, δ that of the model's loss with respect to the
+            weight's outputs (:mod:`ss1_compile.calibration.gradients`); ``None`` if not known.
     """
 
     count: int
@@ -43,6 +46,12 @@ class InputStatistics:
     second_moment: Tensor
     drift: Drift | None = None
     held_out: InputStatistics | None = None
+    gradients: Tensor | None = None
+
+    @property
+    def of_inputs(self) -> int:
+        """Equal for the statistics of weights that read the same inputs, as long as they live."""
+        return id(self.second_moment)
 
     @property
     def in_features(self) -> int:
@@ -57,7 +66,7 @@ class InputStatistics:
     def combine(self, other: InputStatistics) -> InputStatistics:
         """The statistics of both sets of rows together, on the device of ``self``.
 
-        Drift is kept if both have it, and so are held-out rows.
+        Drift is kept if both have it, and so are held-out rows and gradients.
 
         Raises:
             CalibrationError: the two differ in K.
@@ -70,6 +79,9 @@ class InputStatistics:
         combined.count = self.count + other.count
         if self.held_out is not None and other.held_out is not None:
             combined.held_out = self.held_out.combine(other.held_out)
+        if self.gradients is not None and other.gradients is not None:
+            part = other.count / combined.count
+            combined.gradients = self.gradients.lerp(other.gradients.to(self.mean.device), part)
         return combined
 
     def without_held_out(self) -> InputStatistics:
@@ -112,7 +124,12 @@ class InputStatistics:
                 f"mean {list(mean.shape)} and second_moment {list(second.shape)} are not "
                 f"[K] and [K, K]"
             )
-        for name, tensor in (("mean", mean), ("second_moment", second)):
-            if not bool(torch.isfinite(tensor).all()):
+        gradients = self.gradients
+        if gradients is not None and (
+            gradients.dtype != torch.float64 or gradients.shape != second.shape
+        ):
+            return f"gradients are {gradients.dtype} {list(gradients.shape)}, not float64 [K, K]"
+        for name, each in (("mean", mean), ("second_moment", second), ("gradients", gradients)):
+            if each is not None and not bool(torch.isfinite(each).all()):
                 return f"{name} is not finite"
         return None

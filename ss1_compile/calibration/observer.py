@@ -87,16 +87,20 @@ class LinearObserver(TorchFunctionMode):
     ``dim`` is the dimension of the weight that is summed over, counted from the end (-1 for the
     ``[N, K]`` of ``nn.Linear``, -2 for the ``[K, N]`` of ``Conv1D``; for an einsum, that of the
     first index that is summed); ``x`` is ``[..., K]``. A weight of experts ``[E, N, K]``, or one of
-    its matrices, stands for all of them.
+    its matrices, stands for all of them. ``on_output(name, dim, y)``, if given, is called after
+    each but an einsum or a convolution, and what it returns takes the place of ``y [..., N]``.
 
     Recurrent layers and scripted code hide the linears inside them.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], on_input: Callable[[str, int, Tensor], None]
+        self,
+        weights: Mapping[str, Tensor],
+        on_input: Callable[[str, int, Tensor], None],
+        on_output: Callable[[str, int, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self._on_input = on_input
+        self._on_input, self._on_output = on_input, on_output
         self._by_memory: dict[MemoryKey, tuple[str, bool]] = {}
         for transposed in (True, False):  # a matrix of one row is both, and counts as itself
             for name, weight in weights.items():
@@ -130,18 +134,22 @@ class LinearObserver(TorchFunctionMode):
             x = args[x_at] if len(args) > x_at else kwargs.get(x_name)
             weight = args[weight_at] if len(args) > weight_at else kwargs.get(weight_name)
             if isinstance(x, Tensor) and isinstance(weight, Tensor):
-                self._observe(x, weight, rows_are_outputs)
+                seen = self._observe(x, weight, rows_are_outputs)
+                if seen is not None and self._on_output is not None:
+                    return self._on_output(*seen, func(*args, **kwargs))
         return func(*args, **kwargs)
 
-    def _observe(self, x: Tensor, weight: Tensor, rows_are_outputs: bool) -> None:
+    def _observe(self, x: Tensor, weight: Tensor, rows_are_outputs: bool) -> tuple[str, int] | None:
         if weight.dim() not in (2, 3) or x.dim() < 1 or _memory_key(x) in self._by_memory:
-            return
+            return None
         found = self._by_memory.get(_memory_key(weight))
         summed = -1 if rows_are_outputs else -2
         if found is None or x.shape[-1] != weight.shape[summed]:
-            return
+            return None
         name, transposed = found
-        self._on_input(name, -3 - summed if transposed else summed, x)
+        dim = -3 - summed if transposed else summed
+        self._on_input(name, dim, x)
+        return name, dim
 
     def _observe_einsum(self, equation: Any, *operands: Any) -> None:
         if len(operands) == 1 and isinstance(operands[0], list | tuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from ss1_compile.calibration.blocks import (
     find_chain,
     first_tensor,
 )
+from ss1_compile.calibration.gradients import GradientMoments
 from ss1_compile.calibration.input_statistics import InputStatistics
 from ss1_compile.calibration.moments import input_key, kept_rows
 from ss1_compile.calibration.observer import LinearObserver, Quietly, attention_mask, run_batch
@@ -38,6 +40,8 @@ from ss1_compile.calibration.statistics import (
 from ss1_compile.compression.layers import Layer
 from ss1_compile.errors import CalibrationError
 from ss1_compile.modules import put_layer
+
+_GRADIENT_BYTES = 2**32  # of layers whose gradients are collected together
 
 Run = Callable[[int], Any]
 """Runs the model, or one block of it, on the batch of that index."""
@@ -54,6 +58,11 @@ class SequentialCalibration:
         data: batches, as for :func:`ss1_compile.calibrate`.
         paired: also collect the drift from the dense model's inputs.
         held_out: set every fourth batch's statistics apart, too.
+        weigh_outputs: also collect the gradients in the dense model, as
+            :func:`ss1_compile.calibrate` does, for some GiB of layers at a time.
+
+    Attributes:
+        unweighed: why there are no gradients although they were asked for, or ``None``.
     """
 
     def __init__(
@@ -64,8 +73,13 @@ class SequentialCalibration:
         *,
         paired: bool,
         held_out: bool,
+        weigh_outputs: bool = False,
     ) -> None:
         self._model, self._paired, self._held_out = model, paired, held_out
+        self._weigh_outputs = weigh_outputs
+        self.unweighed: str | None = None
+        self._gradients: dict[str, Tensor] = {}
+        self._asked: set[str] = set()
         self._layers = {layer.weight_name: layer for layer in layers}
         self._batches = list(data)
         if not self._batches:
@@ -93,6 +107,7 @@ class SequentialCalibration:
             groups += execution_groups(self._model, batch, unreached) if unreached else []
             reached = {name for group in groups for name in group}
             unreached = [name for name in unreached if name not in reached]
+        self._order = [name for group in groups for name in group]
         stages = self._stages(groups)
         with contextlib.closing(stages):
             for group in track(
@@ -151,11 +166,11 @@ class SequentialCalibration:
             if prefix:
                 compressed = [_taken(chain.record(self._model, b, 0)[0]) for b in self._batches]
         for index, name in enumerate(chain.names):
-            block = self._model.get_submodule(name)
             inside: list[Layer] = []
 
-            def run(inputs: list[Tensor], i: int, at: int = index, block: nn.Module = block) -> Any:
-                return calls[i][at].run(block, inputs[i])
+            def run(inputs: list[Tensor], i: int, at: int = index, name: str = name) -> Any:
+                # looked up anew: the block may itself be a layer that was replaced meanwhile
+                return calls[i][at].run(self._model.get_submodule(name), inputs[i])
 
             here = partial(run, compressed)
             there = here if compressed[0] is dense[0] else partial(run, dense)
@@ -199,7 +214,32 @@ class SequentialCalibration:
             out = self._held_out and is_held_out(i, len(self._batches))
             moments[out].add(reader.rows, None if other is None else other.rows)
         entries = with_held_out(*(m.finish() for m in moments))
+        self._add_gradients(group, entries)
         return [(self._layers[name], entries.get(name)) for name in group]
+
+    def _add_gradients(self, group: list[str], entries: dict[str, InputStatistics]) -> None:
+        """Give the entries their gradients, collecting those of further layers with them."""
+        if not self._weigh_outputs or self.unweighed is not None:
+            return
+        if not self._asked.issuperset(group):
+            start, left = self._order.index(group[0]), _GRADIENT_BYTES
+            wanted: dict[str, Tensor] = {}
+            for name in self._order[start:]:
+                layer = self._layers[name]
+                left -= 8 * layer.shape[1] ** 2
+                if left < 0 and name not in group:
+                    break
+                wanted[name] = layer.weight
+            self._asked |= wanted.keys()
+            moments = GradientMoments(self._model, wanted)
+            with dense_layers(self._model, self._done):
+                for batch in self._batches:
+                    moments.add(batch)
+            self._gradients, self.unweighed = moments.finish(), moments.problem
+        for name in group:
+            if name in entries and name in self._gradients:
+                gradients = self._gradients.pop(name)
+                entries[name] = replace(entries[name], gradients=gradients)
 
 
 class _Reader:

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ss1_compile.calibration.gradients import GradientMoments
 from ss1_compile.calibration.input_statistics import InputStatistics
 from ss1_compile.calibration.moments import InputKey, SharedMoments, input_key
 from ss1_compile.calibration.observer import (
@@ -61,18 +63,24 @@ def rebind(weight: Tensor, statistics: InputStatistics | None) -> None:
 class Statistics(Mapping[str, InputStatistics]):
     """Input statistics by the qualified name of the parameter, in order of execution.
 
-    Weights that read the same input have the same :class:`InputStatistics` object.
+    Weights that read the same input have the same moments (``of_inputs``), and unless they have
+    gradients of their own the same :class:`InputStatistics` object.
 
     Attributes:
         unreached: names of matrices that no calibration input went through as a linear's weight,
             or that were used both as W and as Wᵀ, so that one set of statistics cannot serve.
+        unweighed: why there are no gradients although they were asked for, or ``None``.
     """
 
     def __init__(
-        self, entries: Mapping[str, InputStatistics], unreached: Iterable[str] = ()
+        self,
+        entries: Mapping[str, InputStatistics],
+        unreached: Iterable[str] = (),
+        unweighed: str | None = None,
     ) -> None:
         self._entries = dict(entries)
         self.unreached: tuple[str, ...] = tuple(unreached)
+        self.unweighed = unweighed
 
     def __getitem__(self, name: str) -> InputStatistics:
         return self._entries[name]
@@ -114,17 +122,25 @@ class Statistics(Mapping[str, InputStatistics]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; :meth:`load` reads it. Held-out rows are not marked in it."""
-        distinct = {id(entry): entry for entry in self.values()}
+        distinct = {entry.of_inputs: entry for entry in self.values()}
         index = {key: i for i, key in enumerate(distinct)}
         tensors: dict[str, Tensor] = {}
         for key, entry in distinct.items():
             tensors[f"{index[key]}.mean"] = entry.mean.contiguous()
             tensors[f"{index[key]}.second_moment"] = entry.second_moment.contiguous()
         header = {
-            "entries": {name: index[id(entry)] for name, entry in self.items()},
+            "entries": {name: index[entry.of_inputs] for name, entry in self.items()},
             "counts": [entry.count for entry in distinct.values()],
             "unreached": list(self.unreached),
         }
+        gradients: dict[str, int] = {}  # readers that do not know of them leave them out
+        places: dict[int, int] = {}
+        for name, entry in self.items():
+            if entry.gradients is not None:
+                place = places.setdefault(id(entry.gradients), len(places))
+                gradients[name] = place
+                tensors[f"gradients.{place}"] = entry.gradients.contiguous()
+        header["gradients"] = gradients
         save_file(
             tensors,
             os.fspath(path),
@@ -160,6 +176,7 @@ class Statistics(Mapping[str, InputStatistics]):
             if min(indices.values(), default=0) < 0:
                 raise ValueError("negative index")
             counts, unreached = list(header["counts"]), [str(n) for n in header["unreached"]]
+            weighed = {str(k): int(v) for k, v in header.get("gradients", {}).items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CalibrationError(f"{os.fspath(path)}: damaged header ({error!r})") from error
         loaded: dict[int, InputStatistics] = {}
@@ -178,7 +195,15 @@ class Statistics(Mapping[str, InputStatistics]):
             if problem:
                 raise CalibrationError(f"{name} in {os.fspath(path)}: {problem}")
             loaded[i] = entry
-        return cls({name: loaded[i] for name, i in indices.items()}, unreached)
+        entries = {name: loaded[i] for name, i in indices.items()}
+        for name, place in weighed.items():
+            if name not in entries or f"gradients.{place}" not in tensors:
+                raise CalibrationError(f"{name} in {os.fspath(path)}: gradients are missing")
+            entries[name] = replace(entries[name], gradients=tensors[f"gradients.{place}"])
+            problem = entries[name].problem()
+            if problem:
+                raise CalibrationError(f"{name} in {os.fspath(path)}: {problem}")
+        return cls(entries, unreached)
 
 
 def calibrate(
@@ -188,6 +213,7 @@ def calibrate(
     names: Collection[str] | None = None,
     forward: Forward | None = None,
     held_out: bool = False,
+    weigh_outputs: bool = False,
     progress: bool = True,
 ) -> Statistics:
     """Run ``model`` over ``data`` and collect the input statistics of its linear weights.
@@ -212,6 +238,10 @@ def calibrate(
         forward: ``forward(model, batch)`` in place of the call described above.
         held_out: also set the statistics of every fourth batch apart (of the second, if there are
             fewer than four), for ``damping="auto"``. Takes twice the memory.
+        weigh_outputs: also collect the gradients by which learned sketches weigh the outputs of
+            their layers (:mod:`ss1_compile.calibration.gradients`): another forward and a backward
+            pass per batch, ``8·K²`` bytes per weight, and what autograd keeps of one batch. A model
+            that does not allow it goes without; ``unweighed`` of the result says why.
         progress: show a progress bar if there are many batches.
 
     Raises:
@@ -244,6 +274,7 @@ def calibrate(
         disable=not progress or (total is not None and total < _LONG),
     )
     empty = True
+    gradients = GradientMoments(model, weights) if weigh_outputs else None
     with Quietly(model):
         for index, batch in enumerate(batches):
             empty = False
@@ -252,6 +283,8 @@ def calibrate(
             with LinearObserver(weights, on_input):
                 run_batch(model, batch, forward)
             moments.finish()
+            if gradients is not None:
+                gradients.add(batch, forward)
     if empty:
         raise CalibrationError("the calibration data is empty; pass at least one batch")
     entries = with_held_out(*(_entries(part, both_ways, aliases) for part in (kept, apart)))
@@ -261,7 +294,9 @@ def calibrate(
             f"{', '.join(list(weights)[:3])} …); pass forward= if the model needs another call"
         )
     unreached = [n for n in _listed(model, names, weights, aliases) if n not in entries]
-    statistics = Statistics(entries, unreached)
+    if gradients is not None:
+        entries = _with_gradients(entries, gradients.finish(), aliases)
+    statistics = Statistics(entries, unreached, gradients.problem if gradients else None)
     statistics.bind(model)
     return statistics
 
@@ -359,6 +394,20 @@ def _entries(
         for alias in aliases[name]:
             entries[alias] = made[id(found)]
     return entries
+
+
+def _with_gradients(
+    entries: Mapping[str, InputStatistics],
+    gradients: Mapping[str, Tensor],
+    aliases: Mapping[str, list[str]],
+) -> dict[str, InputStatistics]:
+    """The entries with the gradients of the weights they are of; aliases share theirs."""
+    found = dict(entries)
+    for name, moment in gradients.items():
+        if name in entries:
+            entry = replace(entries[name], gradients=moment)
+            found |= dict.fromkeys(aliases[name], entry)
+    return found
 
 
 def with_held_out(

@@ -9,12 +9,11 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from ss1_compile.calibration.input_statistics import InputStatistics
 from ss1_compile.calibration.sequential import SequentialCalibration, swap
 from ss1_compile.calibration.statistics import Statistics, calibrate, statistics_of
 from ss1_compile.compression.bare_parameters import bare_parameters
 from ss1_compile.compression.layers import Layer, find_layers
-from ss1_compile.compression.replacing import find_replacements
+from ss1_compile.compression.replacing import by_input, find_replacements
 from ss1_compile.compression.settled import settle
 from ss1_compile.compression.stand_ins import stand_ins
 from ss1_compile.config import SS1Config
@@ -97,19 +96,26 @@ def compress(
                     "sequential=True runs the model on the calibration batches layer by layer; "
                     "pass them"
                 )
-            _compress_sequentially(model, chosen, config, calibration, progress)
+            unweighed = _compress_sequentially(model, chosen, config, calibration, progress)
         else:
+            unweighed = None
             if calibration is not None and not isinstance(calibration, Statistics) and chosen:
                 names = [layer.weight_name for layer in chosen]
-                held_out = config.damping == "auto"
-                calibrate(model, calibration, names=names, held_out=held_out, progress=progress)
-            groups: dict[int, list[Layer]] = {}
-            for layer in chosen:
-                known = statistics_of(layer.weight)
-                groups.setdefault(id(known or layer), []).append(layer)
-            for group in track(groups.values(), "projecting", disable=not progress, transient=True):
-                find_replacements(group, config, statistics_of(group[0].weight))
+                collected = calibrate(
+                    model,
+                    calibration,
+                    names=names,
+                    held_out=config.damping == "auto",
+                    weigh_outputs=_weighed(chosen, config),
+                    progress=progress,
+                )
+                unweighed = collected.unweighed
+            groups = by_input(((x, statistics_of(x.weight)) for x in chosen), config)
+            for group in track(groups, "projecting", disable=not progress, transient=True):
+                find_replacements(group, config)
         report = _report(layers)
+        if unweighed is not None:
+            report.notes.append(f"outputs counted alike: {unweighed}")
         report.layers += [parameter.row for parameter in bare]
         report.require_some(config)
         report.warn_if_ruined(config.warn_error)
@@ -148,25 +154,33 @@ def _check(
 
 def _compress_sequentially(
     model: nn.Module, chosen: list[Layer], config: SS1Config, data: Iterable[Any], progress: bool
-) -> None:
-    """Project group by group in order of execution, each on the compressed prefix's inputs."""
+) -> str | None:
+    """Project group by group in order of execution, each on the compressed prefix's inputs.
+
+    Returns:
+        Why outputs could not be weighed although the configuration wants it, or ``None``.
+    """
     if not chosen:
-        return
+        return None
     walk = SequentialCalibration(
         model,
         chosen,
         data,
         paired=config.asymmetry != 0 and config.projection != "average",
         held_out=config.asymmetry == "auto" or config.damping == "auto",
+        weigh_outputs=_weighed(chosen, config),
     )
     with walk:
         for group in walk.groups(progress):
-            together: dict[int, tuple[list[Layer], InputStatistics | None]] = {}
-            for layer, statistics in group:
-                alike = together.setdefault(id(statistics or layer), ([], statistics))
-                alike[0].append(layer)
-            for layers, statistics in together.values():
-                find_replacements(layers, config, statistics)
+            for together in by_input(group, config):
+                find_replacements(together, config)
+    return walk.unweighed
+
+
+def _weighed(chosen: list[Layer], config: SS1Config) -> bool:
+    """Whether gradients are wanted: learned sketches alone can use them."""
+    learned = any(layer.structure and layer.structure.kind == "learned" for layer in chosen)
+    return config.weigh_outputs and learned
 
 
 def _report(layers: list[Layer]) -> Report:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -18,32 +18,44 @@ from ss1_compile.projection.shared_sketch import SharedSketch, fit_sketch
 from ss1_compile.quantization.projection import layer_of, project_layer, report_of
 from ss1_compile.report import tensor_bytes
 
+Known = tuple[Layer, InputStatistics | None]
+"""A layer with the statistics of its input."""
 
-def find_replacements(
-    layers: Sequence[Layer], config: SS1Config, statistics: InputStatistics | None
-) -> None:
+
+def by_input(layers: Iterable[Known], config: SS1Config) -> list[list[Known]]:
+    """The layers grouped by equal input, without gradients that the configuration does not want."""
+    groups: dict[int, list[Known]] = {}
+    for layer, statistics in layers:
+        key = id(layer) if statistics is None else statistics.of_inputs
+        if statistics is not None and not config.weigh_outputs:
+            statistics = replace(statistics, gradients=None)
+        groups.setdefault(key, []).append((layer, statistics))
+    return list(groups.values())
+
+
+def find_replacements(layers: Sequence[Known], config: SS1Config) -> None:
     """Project layers that read the same input: fill in ``replacement``, ``row`` and ``reason``.
 
     Learned sketches are fitted together and shared if the configuration says so.
 
     Args:
-        layers: with structures.
+        layers: with structures, and with statistics that differ in their gradients at most.
         config: says how.
-        statistics: of their input, or ``None`` if it is not known.
 
     Raises:
         ProjectionError: a weight cannot be projected; the layer is named.
     """
-    sharing: dict[object, list[Layer]] = {}
-    for layer in layers:
-        sharing.setdefault(_sharing_key(layer, config, statistics), []).append(layer)
+    sharing: dict[object, list[Known]] = {}
+    for layer, statistics in layers:
+        key = _sharing_key(layer, config, statistics)
+        sharing.setdefault(key, []).append((layer, statistics))
     for key, together in sharing.items():
-        if key is None or statistics is None:
-            for layer in together:
+        if key is None:
+            for layer, statistics in together:
                 _find_replacement(layer, config, statistics)
         else:
             for members in [together] if config.share_sketches else [[x] for x in together]:
-                _find_shared(members, config, statistics)
+                _find_shared(members, config)
 
 
 def _sharing_key(layer: Layer, config: SS1Config, statistics: InputStatistics | None) -> object:
@@ -61,8 +73,11 @@ def _sharing_key(layer: Layer, config: SS1Config, statistics: InputStatistics | 
     return reduction, weight.dtype, weight.device, layer.bias is None
 
 
-def _find_shared(layers: Sequence[Layer], config: SS1Config, statistics: InputStatistics) -> None:
-    first = layers[0]
+def _find_shared(members: Sequence[Known], config: SS1Config) -> None:
+    layers = [layer for layer, _ in members]
+    first, statistics = members[0]
+    assert statistics is not None
+    gradients = [s.gradients for _, s in members if s is not None and s.gradients is not None]
     reduction = config.reduction_for(first.name, *reversed(first.shape))
     assert not isinstance(reduction, str)
     for layer in layers:
@@ -72,6 +87,7 @@ def _find_shared(layers: Sequence[Layer], config: SS1Config, statistics: InputSt
         statistics,
         reduction,
         centred=first.bias is not None,
+        gradients=gradients if len(gradients) == len(members) else None,
         group_size=config.group_size,
         damping=config.damping,
         asymmetry=config.asymmetry,

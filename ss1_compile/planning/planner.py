@@ -197,7 +197,8 @@ def _candidates(
         )
     names = [layer.weight_name for layer in chosen]
     held_out = calibrate(model, held, names=names, progress=progress)
-    statistics = calibrate(model, fit, names=names, progress=progress)
+    weigh = config.weigh_outputs and config.is_learned(True)
+    statistics = calibrate(model, fit, names=names, weigh_outputs=weigh, progress=progress)
     candidates = []
     for layer in chosen:
         name = layer.weight_name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ class Weight:
     """What stays the same over all fits of one weight.
 
     Attributes:
-        weight: ``[N, K]``.
+        weight: ``[N, K]``; where a sketch alone is fitted, any rows ``[M, K]`` to fit it to.
         structure: of ``[N, K]``.
         centred: whether a bias takes the mean error.
         method: of projection.
@@ -63,7 +63,7 @@ class Weight:
             if correction is not None:
                 correction = correction * asymmetry
         structure = self.structure
-        for j, rows in _blocks_by_hash(structure):
+        for j, rows in _blocks_by_hash(structure, len(self.weight)):
             chunks = _row_chunks(rows, structure.in_features, self.weight.device)
             if isinstance(structure, SS1Structure):
                 code = structure.code[j : j + 1].to(self.weight.device)
@@ -159,15 +159,46 @@ def _trial(
     return Chosen(damping, asymmetry * t, constant - slope * t + curvature * t * t)
 
 
-def _blocks_by_hash(structure: Structure) -> Iterator[tuple[int, list[range]]]:
+def best_fit(
+    candidates: Sequence[Weight],
+    statistics: InputStatistics,
+    damping: float | Literal["auto"],
+    asymmetry: float | Literal["auto"],
+) -> tuple[Weight, Chosen, LearnedFit]:
+    """Fit learned blocks, for the candidate of one hash that does best on held-out rows.
+
+    Args:
+        candidates: the same rows with different structures; at least one.
+        statistics: of the inputs.
+        damping: see :func:`ss1_compile.project`.
+        asymmetry: see :func:`ss1_compile.project`.
+
+    Raises:
+        ProjectionError: the statistics are singular after damping.
+    """
+    several = len(candidates) > 1
+    tried = [
+        (choose(layer, statistics, damping, asymmetry, always=several), layer)
+        for layer in candidates
+    ]
+    chosen, best = min(tried, key=lambda pair: pair[0].error or 0.0)
+    _, fit, _, _ = next(best.fits(best.target(statistics), chosen.damping, chosen.asymmetry))
+    assert isinstance(fit, LearnedFit)
+    return best, chosen, fit
+
+
+def _blocks_by_hash(structure: Structure, end: int) -> Iterator[tuple[int, list[range]]]:
     """A column block j per distinct hash, with the rows of all blocks that have the same."""
+    if structure.num_hashes == 1:
+        yield 0, [range(end)]
+        return
     alike: dict[Any, list[int]] = {}
     keys: Iterable[Any] = range(structure.num_hashes)
     if isinstance(structure, SS1Structure):
         keys = map(tuple, structure.code.flatten(1).tolist())
     for j, key in enumerate(keys):
         alike.setdefault(key, []).append(j)
-    width, end = structure.block_n, structure.out_features
+    width = structure.block_n
     for blocks in alike.values():
         yield blocks[0], [range(j * width, min((j + 1) * width, end)) for j in blocks]
 

@@ -13,7 +13,7 @@ All methods work per column block j with ``S_j [K, K_c]``, the sketch as a matri
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,8 +22,17 @@ from torch import Tensor
 from ss1_compile.calibration.input_statistics import InputStatistics
 from ss1_compile.errors import CalibrationError, ConfigError, ProjectionError
 from ss1_compile.learned import LearnedStructure, Structure
-from ss1_compile.projection.fitting import DAMPING, Method, Weight, choose, corrected
+from ss1_compile.projection.fitting import (
+    DAMPING,
+    Chosen,
+    Method,
+    Weight,
+    best_fit,
+    choose,
+    corrected,
+)
 from ss1_compile.projection.learned_fit import LearnedFit
+from ss1_compile.projection.weighing import weighed_rows
 from ss1_compile.structure import SS1Structure
 
 _METHODS = ("average", "calibrated", "learned")
@@ -79,6 +88,10 @@ def project(
     ``E = W - Ŵ``, the undamped H. Where the statistics have a drift (a compressed prefix has
     changed the inputs) the wanted outputs are the dense model's: ``W + α W G H⁻¹`` is projected,
     see :mod:`ss1_compile.projection.target`.
+
+    The blocks of a learned structure of one hash are fitted to outputs weighed by what the model
+    makes of them where the statistics have gradients (:mod:`ss1_compile.projection.weighing`), and
+    so is what "auto" chooses by; the reported error counts all outputs alike.
 
     A weight that has a rotation structure already (always so at c = 1) is recovered exactly,
     whatever H is: the solve is for the correction of the average, and that is zero. One that has
@@ -137,8 +150,28 @@ def project(
         if sketch is not None:
             structure.check_sketch(sketch)
         layer = Weight(weight, structure, bias is not None, method, name, sketch)
-        chosen = choose(layer, statistics, damping, asymmetry)
+        chosen = None
+        if sketch is None and method == "learned" and statistics is not None:
+            layer, chosen = _weighed(layer, statistics, damping, asymmetry)
+        chosen = chosen or choose(layer, statistics, damping, asymmetry)
         return _project(layer, bias, statistics, chosen.damping, chosen.asymmetry)
+
+
+def _weighed(
+    layer: Weight,
+    statistics: InputStatistics,
+    damping: float | Literal["auto"],
+    asymmetry: float | Literal["auto"],
+) -> tuple[Weight, Chosen | None]:
+    """The layer with blocks fitted to its weighed outputs; as it is where gradients are lacking."""
+    structure, gradients = layer.structure, statistics.gradients
+    if gradients is None or structure.num_hashes > 1:
+        return layer, None
+    rows = weighed_rows([layer.weight], [gradients], layer.target(statistics))
+    if rows is None:
+        return layer, None
+    _, chosen, fit = best_fit([replace(layer, weight=rows)], statistics, damping, asymmetry)
+    return replace(layer, blocks=fit.blocks.to(layer.weight.dtype).unsqueeze(0)), chosen
 
 
 def _project(

@@ -1,8 +1,9 @@
 """One learned sketch for all layers that read the same input.
 
 q, k and v, or gate and up, are one weight cut into parts: their blocks ``S`` are fitted to all rows
-together, each layer's scaled to the same output energy, so that the *relative* errors add up. The
-blocks are then stored once, which leaves more of ``c`` to z, and one sketch of x serves them all.
+together: weighed by the gradients of their outputs where these are known, else each layer's scaled
+to the same output energy, so that the *relative* errors add up. The blocks are then stored once,
+which leaves more of ``c`` to z, and one sketch of x serves them all.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 from ss1_compile.calibration.input_statistics import InputStatistics
 from ss1_compile.errors import StructureError
 from ss1_compile.learned import LearnedStructure
-from ss1_compile.projection.fitting import DAMPING, Weight, choose
-from ss1_compile.projection.learned_fit import SWEEPS, LearnedFit
+from ss1_compile.projection.fitting import DAMPING, Weight, best_fit
 from ss1_compile.projection.target import Target
+from ss1_compile.projection.weighing import normalised, weighed_rows
 
 GROUP_SIZES = (128, 192, 384)
 """What is tried where no group size is given, next to K itself where K is at most 1024."""
@@ -56,6 +57,7 @@ def fit_sketch(
     reduction: float,
     *,
     centred: bool,
+    gradients: Sequence[Tensor] | None = None,
     group_size: int | None = None,
     damping: float | Literal["auto"] = DAMPING,
     asymmetry: float | Literal["auto"] = "auto",
@@ -73,6 +75,7 @@ def fit_sketch(
         statistics: of their inputs.
         reduction: c.
         centred: whether biases take the mean errors.
+        gradients: ``E[g gᵀ]`` of each weight, float64 ``[K, K]``, to weigh the outputs by.
         group_size: ``gsize``; ``None`` chooses.
         damping: see :func:`ss1_compile.project`.
         asymmetry: see :func:`ss1_compile.project`.
@@ -84,8 +87,10 @@ def fit_sketch(
     """
     with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
         target = Target.of(statistics, centred, weights[0].device)
-        stack = torch.cat([_normalised(w, target) for w in weights])
-        out_features, in_features = stack.shape
+        out_features, in_features = sum(map(len, weights)), weights[0].shape[1]
+        stack = weighed_rows(weights, gradients, target) if gradients else None
+        if stack is None:
+            stack = torch.cat([normalised(w, target) for w in weights])
         if group_size is not None:
             sizes = {min(group_size, in_features)}
         elif statistics.held_out is None:
@@ -97,15 +102,9 @@ def fit_sketch(
             Weight(stack, structure, centred, "learned", name)
             for structure in _structures(in_features, out_features, reduction, sizes)
         ]
-        several = len(candidates) > 1
-        tried = [
-            (choose(layer, statistics, damping, asymmetry, always=several), layer)
-            for layer in candidates
-        ]
-        chosen, best = min(tried, key=lambda pair: pair[0].error or 0.0)
-        fit = _fitted(best, target, chosen.damping, chosen.asymmetry, SWEEPS)
+        best, chosen, fit = best_fit(candidates, statistics, damping, asymmetry)
         assert isinstance(best.structure, LearnedStructure)
-        blocks = fit.blocks.to(stack.dtype).unsqueeze(0)
+        blocks = fit.blocks.to(weights[0].dtype).unsqueeze(0)
         return SharedSketch(
             best.structure.group_size,
             best.structure.rank,
@@ -136,17 +135,3 @@ def _structures(
     if refusal is not None and not made:
         raise refusal
     return made
-
-
-def _fitted(
-    layer: Weight, target: Target, damping: float, asymmetry: float, sweeps: int
-) -> LearnedFit:
-    _, fit, _, _ = next(layer.fits(target, damping, asymmetry, sweeps))
-    assert isinstance(fit, LearnedFit)
-    return fit
-
-
-def _normalised(weight: Tensor, target: Target) -> Tensor:
-    """``[N, K]`` with ``E‖W x‖² = 1``; as it is where it has no output."""
-    energy = target.whole(weight.double()).item()
-    return weight / energy**0.5 if energy > 0 else weight

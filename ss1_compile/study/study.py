@@ -151,7 +151,7 @@ def study(
     if "plan" in methods:
         learned = replace(base, projection="learned")
         planned = plan(model, batches, "100%", config=learned, output=output, progress=progress)
-    calibrate(model, batches, progress=progress)
+    calibrate(model, batches, weigh_outputs=base.weigh_outputs, progress=progress)
     made: list[tuple[str, float, nn.Module, Report | None]] = [("dense", 1, model, None)]
     uniform: dict[float, float] = {}
     jobs = [(c, method) for c in reductions for method in sorted(methods, key=METHODS.index)]

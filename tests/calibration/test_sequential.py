@@ -126,6 +126,22 @@ def check(found, rows, dense_rows):
     torch.testing.assert_close(found.without_held_out().mean, rest.mean(0), **close)
 
 
+def test_a_prefix_of_bare_layers_is_run_compressed():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D))
+    data = [torch.randn(20, D) for _ in range(2)]
+    layers = find_layers(model, SS1Config(), {})
+    with SequentialCalibration(model, layers, data, paired=False, held_out=False) as walk:
+        for group in walk.groups(progress=False):
+            for layer, statistics in group:
+                rows = torch.cat(data)
+                for before in model[: int(layer.name)]:
+                    rows = F.linear(rows, before.weight, before.bias)
+                wanted = rows.double().mean(0).detach()
+                torch.testing.assert_close(statistics.mean, wanted, rtol=1e-4, atol=1e-5)
+                layer.replacement = nn.Linear(D, D)
+
+
 def test_a_chain_of_blocks_is_run_block_by_block():
     counts = {}
     for skip in (False, True):  # with a skip connection the model is run as a whole

@@ -84,7 +84,7 @@ def test_the_budget_is_kept_and_spent_where_it_matters(planned):
 def test_errors_are_those_of_the_outputs_on_held_out_batches(planned):
     model, batches, plan = planned
     work = copy.deepcopy(model)
-    ss1_compile.calibrate(work, batches[:4], progress=False)
+    ss1_compile.calibrate(work, batches[:4], weigh_outputs=True, progress=False)
     for c in (2, 4):
         alone = replace(plan.base, share_sketches=False)
         made = compressed_copy(work, ["first", "second"], alone, c)
