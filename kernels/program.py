@@ -225,7 +225,7 @@ class Recorder(TorchDispatchMode):
             return [3, value]
         if isinstance(value, float):
             return [4, *struct.unpack("<q", struct.pack("<d", value))]
-        if value in _FORMATS:
+        if isinstance(value, torch.memory_format) and value in _FORMATS:
             return [3, _FORMATS[value]]
         if isinstance(value, (list, tuple)) and all(type(part) is int for part in value):
             return [6, len(value), *value]

@@ -428,7 +428,7 @@ def test_without_it_python_runs_all_calls_and_says_so_once(monkeypatch, caplog, 
             y = getattr(torch.ops.ss1_test, name)(torch.zeros(2))
     assert torch.equal(y, torch.ones(2))
     assert alone.settled
-    assert len(caplog.records) == 1
+    assert len(caplog.records) == (reason != "asked not to")
 
 
 def test_calls_go_on_in_python_while_it_is_compiled(monkeypatch, on_cpu):

@@ -89,9 +89,16 @@ def assert_equal(actual, expected):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 16, 300])
-@pytest.mark.parametrize("kind", ["rotation", "learned"])
+@pytest.mark.parametrize(
+    ("kind", "rows", "dtype"),
+    [
+        ("rotation", 300, torch.bfloat16),
+        ("learned", 300, torch.bfloat16),
+        ("rotation", 16, torch.bfloat16),
+        ("learned", 1, torch.float16),
+        ("rotation", 1, torch.float32),
+    ],
+)
 def test_replays_are_bit_equal(kind, rows, dtype):
     with torch.no_grad():
         for op, make in calls(kind, rows, dtype):
@@ -186,7 +193,7 @@ def test_gradients():
         b, v = a.detach().double().requires_grad_(), w.detach().double().requires_grad_()
         expected = torch.autograd.grad(portable.linear(b, code, v, None).square().sum(), (b, v))
         for grad, wanted in zip(grads, expected, strict=True):
-            assert (grad.double() - wanted).norm() / wanted.norm() < 1e-5
+            assert (grad.double() - wanted).norm() / wanted.norm() < 5e-5
 
 
 def test_another_device():
