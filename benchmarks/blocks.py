@@ -124,6 +124,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--seconds", type=float, default=0.2, help="per measurement")
     parser.add_argument("--match", default="", help="only blocks whose name has this regex")
+    parser.add_argument(
+        "--no-graphs", dest="graphs", action="store_false", help="leave out calls with CUDA graphs"
+    )
     options = parser.parse_args()
     ceilings = tune.ceilings()
     parts = ("blocks", "unfused")
@@ -137,7 +140,7 @@ def main() -> None:
             continue
         for part in parts:
             result[part] = [row for row in result[part] if row["model"] != case.model]
-        rows = measure(case, options.seconds, ("dense", PROFILED))
+        rows = measure(case, options.seconds, ("dense", PROFILED), options.graphs)
         for row in rows:
             if row["kind"]:
                 c = int(row["variant"].split()[-1])
@@ -145,6 +148,7 @@ def main() -> None:
                 row["floor_ms"] = round(floor, 4)
                 row["of_floor"] = round(floor / row["gpu_ms"], 3)
         result["blocks"] += rows
+        harness.write("blocks", result)
         result["unfused"] += unfused(case, PROFILED, options.seconds)
         show(rows)
         harness.write("blocks", result)

@@ -279,6 +279,9 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only cases whose 'model, size' has this regex")
     parser.add_argument("--smoke", action="store_true", help="tiny models; writes no results")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
+    parser.add_argument(
+        "--no-graphs", dest="graphs", action="store_false", help="leave out calls with CUDA graphs"
+    )
     options = parser.parse_args()
     result: dict[str, Any] = {"rows": []}
     if not options.smoke and (harness.RESULTS / "models.json").is_file():
@@ -288,7 +291,7 @@ def main() -> None:
         for case in cases(options.smoke):
             if not re.search(options.match, f"{case.model}, {case.size}"):
                 continue
-            rows = measure(case, options.seconds)
+            rows = measure(case, options.seconds, graphs=options.graphs)
             show(rows)
             here = (case.model, case.size)
             kept = [row for row in result["rows"] if (row["model"], row["size"]) != here]

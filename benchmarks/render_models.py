@@ -214,6 +214,12 @@ compiled one by one, so that equal blocks share a graph, in both. *CUDA graphs* 
 host of this machine is slow at: replays of one CUDA graph, or the sum of all kernels for
 Transformers' models, which cannot be captured whole.
 
+On CUDA the operators are launched from C++, from the third call of the same sizes on. It is
+compiled in the background at the first call, with the compiler that `torch.compile` uses on the
+CPU, and then cached. Until then, without a compiler (the log says so) and with
+`SS1_COMPILE_NATIVE=0` in the environment they are launched from Python, three to six times as
+slowly.
+
     python benchmarks/blocks.py
     python benchmarks/models.py
     python benchmarks/render_models.py      # this page
