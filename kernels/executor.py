@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from ss1_compile.kernels import lowering
-from ss1_compile.kernels.program import Recorder, Unrecordable
+from ss1_compile.kernels.parameters import Unrecordable
+from ss1_compile.kernels.program import Recorder
 
 logger = logging.getLogger(__name__)
 

@@ -222,9 +222,11 @@ def test_a_gradient_that_is_wanted_is_left_to_python(on_cpu):
     assert len(calls) == 6
 
 
-def test_gradients_pass_the_gate_only_where_wanted(on_cpu):
+@pytest.fixture
+def differentiable(on_cpu):
+    """An operator ``x·w`` with a gradient to x, and how often its Python kernel for it ran."""
     name, schema = f"op{next(NUMBER)}", "(Tensor x, Tensor w) -> Tensor"
-    LIBRARY.define(name + schema)
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     seen = []
 
     def backward(ctx, grad):
@@ -234,9 +236,15 @@ def test_gradients_pass_the_gate_only_where_wanted(on_cpu):
         seen.append(True)
         ctx.save_for_backward(inputs[1])
 
-    torch.library.register_autograd(f"ss1_test::{name}", backward, setup_context=setup, lib=LIBRARY)
+    qualified = f"ss1_test::{name}"
+    torch.library.register_fake(qualified, lambda x, w: torch.empty_like(x), lib=LIBRARY)
+    torch.library.register_autograd(qualified, backward, setup_context=setup, lib=LIBRARY)
     on_cpu.implement(LIBRARY, name, schema, lambda x, w: x * w, differentiable=True)
-    op = getattr(torch.ops.ss1_test, name).default
+    return getattr(torch.ops.ss1_test, name).default, seen
+
+
+def test_gradients_pass_the_gate_only_where_wanted(differentiable):
+    op, seen = differentiable
     for _ in range(4):
         x, w = torch.randn(3, requires_grad=True), torch.randn(3)
         assert torch.equal(op(x.detach(), w), x.detach() * w)
@@ -249,6 +257,28 @@ def test_gradients_pass_the_gate_only_where_wanted(on_cpu):
         with torch.inference_mode():
             assert op(x, w).is_inference()
     assert len(seen) == 4
+
+
+def test_compiled_graphs_and_their_gradients(differentiable):
+    op, _ = differentiable
+    compiled = torch.compile(
+        lambda x, w: op(x + 1, w) * 2, backend="aot_eager", dynamic=True, fullgraph=True
+    )
+    for rows in (3, 5, 3, 5):
+        x, w = torch.randn(rows, requires_grad=True), torch.randn(rows)
+        y = compiled(x, w)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(y.detach(), (x.detach() + 1) * w * 2)
+        torch.testing.assert_close(grad, 2 * w)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, w), y.detach())
+
+
+def test_opcheck(differentiable):
+    op, _ = differentiable
+    for _ in range(3):
+        torch.library.opcheck(op, (torch.randn(3, requires_grad=True), torch.randn(3)))
+        torch.library.opcheck(op, (torch.randn(3), torch.randn(3)))
 
 
 def test_an_override_of_the_lowering_is_part_of_the_form(on_cpu):
