@@ -2,13 +2,14 @@
 
 Writes ``benchmarks/results/onnx_cpu.json`` and the tables of ``docs/onnx.md``:
 
-    python benchmarks/onnx_cpu.py [--seconds 0.5] [--quick] [--render-only]
+    python benchmarks/onnx_cpu.py [--seconds 0.5] [--only model] [--quick] [--render-only]
 
-The four kinds of file are dense float32, ONNX Runtime's own dynamic int8 of that
+The kinds of file are dense float32, ONNX Runtime's own dynamic int8 of that
 (``quantize_dynamic``), SS1 float32 and SS1 ``int8_dynamic``. All files of a case take turns, call
 by call, and every figure is a median of CPU time, which is the wall time of one thread without the
 waiting for other processes. The weights are random or averaged: they do not change the time. J = 1
-is measured with ``B_K = 32``, for which the sketch is one product on single features.
+is measured with ``B_K = 32``, for which the sketch is one product on single features. Learned
+sketches of single layers have groups of 128; MiniLM's are fitted, and shared by q, k and v.
 
 MiniLM is exported at opset 23, whose ``Attention`` is the faster spelling for the dense file, too.
 "Tuned" is the dense file after :func:`ss1_compile.onnx.surroundings.tune_for_cpu`, which
@@ -42,6 +43,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 import ss1_compile
+from ss1_compile import SS1Linear
+from ss1_compile.config import Quantization
+from ss1_compile.learned import LearnedStructure
 from ss1_compile.onnx import compress_onnx
 from ss1_compile.onnx.surroundings import tune_for_cpu
 
@@ -53,8 +57,12 @@ TOKENS = (1, 128, 512)
 REDUCTIONS = (2, 4, 8)
 MODEL_TOKENS = 128
 MODEL_OPSET = 23
-BLOCK_K = {1: 32}
-"""B_K by J; others have the default."""
+MODEL_BUDGETS = 4
+"""Times as long as a shape and T: its calls take longer."""
+SKETCHES = ("J = c", "J = 1", "learned")
+BLOCK_K = {"J = 1": 32}
+"""B_K of rotations; others have the default."""
+CALIBRATION_DOCUMENTS = 16
 MODEL_ROWS = {
     "dense": f"dense float32, opset {MODEL_OPSET}",
     "dense 20": "dense float32, opset 20",
@@ -62,6 +70,7 @@ MODEL_ROWS = {
     "ort int8 dense": "ONNX Runtime int8",
     "ort int8 tuned": "ONNX Runtime int8, tuned",
 }
+ARITHMETIC: dict[str, Quantization | None] = {"float32": None, "int8": "int8_dynamic"}
 Call = Callable[[], object]
 
 
@@ -74,9 +83,17 @@ def session(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def calls(sessions: Mapping[str, ort.InferenceSession], feeds: dict[str, Any]) -> dict[str, Call]:
-    """A callable for each session."""
-    return {name: lambda s=held: s.run(None, feeds) for name, held in sessions.items()}
+def calls(
+    sessions: Mapping[str, ort.InferenceSession], *inputs: np.ndarray[Any, Any]
+) -> dict[str, Call]:
+    """A callable for each session; the inputs have other names in each."""
+
+    def call(held: ort.InferenceSession) -> Call:
+        names = [found.name for found in held.get_inputs()]
+        feeds = dict(zip(names, inputs, strict=True))
+        return lambda: held.run(None, feeds)
+
+    return {name: call(held) for name, held in sessions.items()}
 
 
 def medians(functions: Mapping[str, Call], budget: float) -> dict[str, float]:
@@ -130,27 +147,46 @@ def ort_int8(source: Path, target: Path) -> None:
     )
 
 
+def learned_layer(path: Path, k: int, n: int, c: int, quantization: Quantization | None) -> None:
+    """A layer with a learned sketch and random weights as a file with dynamic rows."""
+    layer = SS1Linear(LearnedStructure.create(k, n, c))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=k**-0.5)
+    model = torch.nn.Sequential(layer).eval()
+    rows = torch.export.Dim.DYNAMIC
+    ss1_compile.export_onnx(
+        model,
+        (torch.randn(5, k),),
+        path,
+        dynamic_shapes=({0: rows},),
+        quantization=quantization,
+        verify=False,
+    )
+
+
 def layer_sessions(folder: Path, k: int, n: int) -> dict[str, ort.InferenceSession]:
-    """``dense``, ``ort int8`` and ``c J z`` for every reduction, J = c and 1, float32 and int8."""
+    """``dense``, ``ort int8`` and ``c, sketch, z`` for every reduction, sketch and arithmetic."""
     dense_layer(folder / "dense.onnx", k, n)
     ort_int8(folder / "dense.onnx", folder / "int8.onnx")
     sessions = {
         "dense": session(folder / "dense.onnx"),
         "ort int8": session(folder / "int8.onnx"),
     }
-    for c in REDUCTIONS:
-        for hashes, z in itertools.product((c, 1), (None, "int8_dynamic")):
-            path = folder / "ss1.onnx"
+    for c, sketch, z in itertools.product(REDUCTIONS, SKETCHES, ARITHMETIC):
+        path = folder / "ss1.onnx"
+        if sketch == "learned":
+            learned_layer(path, k, n, c, ARITHMETIC[z])
+        else:
             compress_onnx(
                 folder / "dense.onnx",
                 path,
                 reduction=c,
-                num_hashes=hashes,
-                block_k=BLOCK_K.get(hashes),
+                num_hashes=c if sketch == "J = c" else 1,
+                block_k=BLOCK_K.get(sketch),
                 warn_error=10.0,
-                quantization=z,  # type: ignore[arg-type]
+                quantization=ARITHMETIC[z],
             )
-            sessions[f"{c} {hashes} {z or 'float32'}"] = session(path)
+        sessions[f"{c}, {sketch}, {z}"] = session(path)
     return sessions
 
 
@@ -161,8 +197,7 @@ def measure_layers(k: int, n: int, seconds: float) -> list[dict[str, Any]]:
         sessions = layer_sessions(Path(folder), k, n)
     for tokens in TOKENS:
         rng = np.random.default_rng(tokens)
-        feeds = {"x": rng.standard_normal((tokens, k), np.float32)}
-        taken = medians(calls(sessions, feeds), seconds)
+        taken = medians(calls(sessions, rng.standard_normal((tokens, k), np.float32)), seconds)
         row = {"in_features": k, "out_features": n, "tokens": tokens}
         rows.append({**row, "ms": {name: round(1e3 * t, 4) for name, t in taken.items()}})
         print(line(rows[-1]), flush=True)
@@ -172,22 +207,17 @@ def measure_layers(k: int, n: int, seconds: float) -> list[dict[str, Any]]:
 def line(row: dict[str, Any]) -> str:
     """Progress: what matters of a row."""
     ms = row["ms"]
+    ratios = [f"{ms['ort int8'] / ms[f'4, {sketch}, int8']:.2f}× {sketch}" for sketch in SKETCHES]
     return (
         f"{row['in_features']} → {row['out_features']}, T = {row['tokens']}: dense "
-        f"{ms['dense']:.3f} ms, ORT int8 {ms['ort int8']:.3f}, SS1 int8 c = 4 {best(ms, 4):.3f} "
-        f"({ms['ort int8'] / ms['4 4 int8_dynamic']:.2f}× with J = 4, "
-        f"{ms['ort int8'] / ms['4 1 int8_dynamic']:.2f}× with J = 1)"
+        f"{ms['dense']:.3f} ms, ORT int8 {ms['ort int8']:.3f}, SS1 int8 at c = 4 over that: "
+        f"{', '.join(ratios)}"
     )
-
-
-def best(ms: dict[str, float], c: int) -> float:
-    """The faster of J = c and J = 1, int8."""
-    return min(ms[f"{c} {hashes} int8_dynamic"] for hashes in (c, 1))
 
 
 def measure_model(seconds: float) -> dict[str, Any]:
     """all-MiniLM-L6-v2, one sequence of 128 tokens."""
-    from ss1_compile.demo.data import load_model
+    from ss1_compile.demo.data import load_articles, load_model, tokenize
 
     ids = torch.randint(1000, 20000, (1, MODEL_TOKENS))
     args = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -195,7 +225,7 @@ def measure_model(seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(name)
-        dense, _ = load_model()
+        dense, tokenizer = load_model()
         for name, opset in (("dense", MODEL_OPSET), ("dense 20", 20)):
             path = folder / f"{name}.onnx"
             torch.onnx.export(
@@ -209,29 +239,32 @@ def measure_model(seconds: float) -> dict[str, Any]:
             ort_int8(folder / f"{name}.onnx", folder / "int8.onnx")
             sessions[f"ort int8 {name}"] = session(folder / "int8.onnx")
         sessions["tuned"] = session(folder / "tuned.onnx")
-        for hashes in (4, 1):
+        articles = load_articles(CALIBRATION_DOCUMENTS, 1, 1)
+        calibration = tokenize(tokenizer, [a.body for a in articles.calibration], batch_size=8)
+        for sketch in SKETCHES:
             model, _ = load_model()
             ss1_compile.compress(
                 model,
+                None,
+                calibration if sketch == "learned" else None,
                 reduction=4,
-                num_hashes=hashes,
-                block_k=BLOCK_K.get(hashes),
+                num_hashes=1 if sketch == "J = 1" else None,
+                block_k=BLOCK_K.get(sketch),
                 warn_error=10,
                 progress=False,
             )
-            for z in (None, "int8_dynamic"):
+            for z, quantization in ARITHMETIC.items():
                 path = folder / "ss1.onnx"
                 ss1_compile.export_onnx(
                     model,
                     args,
                     path,
                     opset=MODEL_OPSET,
-                    quantization=z,  # type: ignore[arg-type]
+                    quantization=quantization,
                     verify=False,
                 )
-                sessions[f"4 {hashes} {z or 'float32'}"] = session(path)
-    feeds = {name: tensor.numpy() for name, tensor in args.items()}
-    taken = medians(calls(sessions, feeds), seconds)
+                sessions[f"4, {sketch}, {z}"] = session(path)
+    taken = medians(calls(sessions, *(tensor.numpy() for tensor in args.values())), seconds)
     return {"tokens": MODEL_TOKENS, "ms": {name: round(1e3 * t, 3) for name, t in taken.items()}}
 
 
@@ -242,23 +275,19 @@ def tables(result: dict[str, Any]) -> str:
     """Both tables in Markdown."""
     columns = [f"c = {c}" for c in REDUCTIONS]
     lines = [
-        "| K → N | T | dense, ms | ORT int8 | J | "
-        + " | ".join(f"SS1 {z}, {c}" for z in ("fp32", "int8") for c in columns)
+        "| K → N | T | dense, ms | ORT int8 | sketch | "
+        + " | ".join(f"SS1 {z}, {c}" for z in ARITHMETIC for c in columns)
         + " |",
         "|---|" + "---:|" * 3 + "---|" + "---:|" * 6,
     ]
     for row in result["layers"]:
         ms = row["ms"]
-        for label in ("c", "1"):
-            names = [
-                f"{c} {c if label == 'c' else 1} {z}"
-                for z in ("float32", "int8_dynamic")
-                for c in REDUCTIONS
-            ]
+        for sketch in SKETCHES:
+            names = [f"{c}, {sketch}, {z}" for z in ARITHMETIC for c in REDUCTIONS]
             cells = [f"{ms['dense'] / ms[name]:.2f}×" for name in names]
             lines.append(
                 f"| {row['in_features']} → {row['out_features']} | {row['tokens']} | "
-                f"{ms['dense']:.3f} | {ms['dense'] / ms['ort int8']:.2f}× | {label} | "
+                f"{ms['dense']:.3f} | {ms['dense'] / ms['ort int8']:.2f}× | {sketch} | "
                 f"{' | '.join(cells)} |"
             )
     model = result["model"]["ms"]
@@ -270,8 +299,10 @@ def tables(result: dict[str, Any]) -> str:
         "|---|---:|---:|---:|",
     ]
     for key, ms in model.items():
-        rest = key.partition(" ")[2]
-        label = MODEL_ROWS.get(key) or f"SS1 {rest.split()[1]}, J = {rest.split()[0]}"
+        label = MODEL_ROWS.get(key)
+        if label is None:
+            _, sketch, z = key.split(", ")
+            label = f"SS1 {z}, {sketch}"
         lines.append(
             f"| {label} | {ms:.2f} | {model['dense'] / ms:.2f}× | {model['tuned'] / ms:.2f}× |"
         )
@@ -294,25 +325,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="for each shape and T")
     parser.add_argument("--quick", action="store_true", help="print and write nothing")
+    parser.add_argument("--only", choices=["layers", "model"], help="keep the others' figures")
     parser.add_argument("--render-only", action="store_true")
     options = parser.parse_args()
     if not options.render_only:
         torch.set_num_threads(1)
-        environment = {
+        result: dict[str, Any] = read("onnx_cpu") if options.only else {}
+        result["environment"] = {
             "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in PACKAGES},
         }
-        model = measure_model(options.seconds)
-        print(json.dumps(model), flush=True)
-        layers: list[dict[str, Any]] = []
-        for k, n in SHAPES:
-            layers += measure_layers(k, n, options.seconds)
+        if options.only != "layers":
+            result["model"] = measure_model(MODEL_BUDGETS * options.seconds)
+            print(json.dumps(result["model"]), flush=True)
+        if options.only != "model":
+            result["layers"] = []
+        for k, n in SHAPES if options.only != "model" else ():
+            result["layers"] += measure_layers(k, n, options.seconds)
             if not options.quick:  # shape by shape: a run that is cut short has measured these
-                write("onnx_cpu", {"environment": environment, "model": model, "layers": layers})
+                write("onnx_cpu", result)
         if options.quick:
             return
+        write("onnx_cpu", result)
     PAGE.write_text(render())
 
 

@@ -59,7 +59,8 @@ def export_onnx(
             runtime runs the file and one that has a kernel for the operator uses it.
             ``"standard"``: standard operators only, for tools that know no local functions.
             ``"custom"``: nodes without bodies, for runtimes that have the kernels.
-        opset: 18 … 25.
+        opset: 18 … 25. From 23 on attention is one operator, which ONNX Runtime runs faster than
+            its parts; older runtimes and some converters do not know it.
         dynamic_shapes: as ``torch.export.export`` takes them; not with an ``ExportedProgram``.
         external_data: whether weights go to a file of their own. ``"auto"``: if they would not fit
             one file (2 GiB).
@@ -75,8 +76,8 @@ def export_onnx(
             products in 16 bits, which overflow with ±127 (measured: outputs off by 5 %). Layers
             that are int8 already (``ss1::linear_quantized``) keep their ±127; where they quantise
             activations too, z is multiplied in two parts, which is exact on every CPU.
-        tune_for: ``"cpu"`` spells residuals and masked attention so that ONNX Runtime's CPU kernels
-            run them fastest (see :mod:`ss1_compile.onnx.surroundings`); other providers may then
+        tune_for: ``"cpu"`` spells residuals and attention so that ONNX Runtime's CPU kernels run
+            them fastest (see :mod:`ss1_compile.onnx.surroundings`); other providers may then
             not fuse residuals into their normalisation. ``None`` leaves the graph alone.
         config: what the model was compressed with, to be recorded in the file.
         dense: an ONNX file of the uncompressed model, to compare speed with.
