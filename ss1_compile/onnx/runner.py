@@ -90,7 +90,7 @@ def race(runners: Sequence[Runner], feeds: Mapping[str, _Array]) -> list[float]:
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """``‖found - expected‖ / ‖expected‖`` in float64; infinite where one is finite alone."""
-    a, b = found.double(), expected.double()
+    a, b = found.detach().double(), expected.detach().double()
     if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
         return float("inf")
     a, b = torch.nan_to_num(a), torch.nan_to_num(b)
