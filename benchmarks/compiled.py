@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ss1_compile import SS1Linear, SS1Structure
+from ss1_compile.compression.settled import settle
 from ss1_compile.kernels.executor import on_cuda
 from ss1_compile.learned import LearnedStructure
 from ss1_compile.modules import put_layer
@@ -102,6 +103,7 @@ def swap(model: nn.Module, choose: Choose, kind: str) -> int:
             count += 1
     if not count:
         raise ValueError("no linear layer was chosen")
+    settle(model)  # or the backend would compress blocks that stay dense as a whole
     return count
 
 
