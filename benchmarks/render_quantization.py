@@ -80,6 +80,21 @@ RULES = """
 
 `ss1_compile.sensitivity(model, batches, reduction=4, quantization="int8_dynamic")` measures, layer
 by layer, what SS1 alone, quantisation alone and both cost.
+
+On the command line `compress`, `plan` (whose errors are then those of the quantised layers) and
+`heal` (which quantises what it healed) take the same options:
+
+```bash
+ss1 compress MODEL_DIR OUT_DIR -c 2 --quantization int8_dynamic --calibration texts.txt \\
+  --rounding calibrated
+ss1 compress MODEL_DIR OUT_DIR -c 2 --projection average --quantization int8_weight_only \\
+  --quantization-group-size 32
+ss1 plan MODEL_DIR --calibration texts.txt --target 50% --quantization int8_dynamic
+ss1 heal MODEL_DIR SMALL_DIR OUT_DIR --data texts.txt --quantization int8_dynamic
+```
+
+`heal` refuses a model that is quantised already, whose z is frozen; `plan` leaves compressed layers
+as they are and names them. `bench`, `compare` and `export` take quantised models as any other.
 """
 
 

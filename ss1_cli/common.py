@@ -45,6 +45,23 @@ Include = Annotated[list[str] | None, typer.Option(help="Pattern of layers; repe
 Exclude = Annotated[
     list[str] | None, typer.Option(help="Pattern of layers to keep dense; repeatable.")
 ]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="int8_weight_only, int8_dynamic or fp8_dynamic; default: none."),
+]
+GroupSizeOfZ = Annotated[
+    int | None,
+    typer.Option(
+        "--quantization-group-size",
+        help="Slots of a row that share a scale (int8_weight_only); default: the whole row.",
+    ),
+]
+Rounding = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the quantised weights: nearest, or calibrated (moves the layers' outputs least)."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, write nothing.")]
 
 
@@ -118,3 +135,26 @@ def config_of(
 
     values = {"include": tuple(include or ("*",)), "exclude": tuple(exclude or ()), **options}
     return SS1Config.from_dict({**values, "projection": projection})
+
+
+def quantization_of(
+    quantization: str | None, group_size: int | None, rounding: str | None
+) -> dict[str, Any]:
+    """The fields of ``SS1Config`` for the three options.
+
+    Raises:
+        ConfigError: one of the others without ``--quantization``.
+    """
+    from ss1_compile.errors import ConfigError
+
+    if quantization is None:
+        given = {"--quantization-group-size": group_size, "--rounding": rounding}
+        for option, value in given.items():
+            if value is not None:
+                raise ConfigError(f"{option} {value} needs --quantization, int8_weight_only say")
+        return {}
+    return {
+        "quantization": quantization,
+        "quantization_group_size": group_size,
+        "rounding": rounding or "nearest",
+    }

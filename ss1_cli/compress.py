@@ -12,15 +12,19 @@ from ss1_cli.common import (
     Device,
     DryRun,
     Exclude,
+    GroupSizeOfZ,
     Include,
     MaxTokens,
     Model,
     OptionalData,
+    Quantization,
+    Rounding,
     Samples,
     config_of,
     one_line_errors,
     out,
     overrides_of,
+    quantization_of,
 )
 
 
@@ -56,6 +60,9 @@ def compress(
     max_error: Annotated[
         float | None, typer.Option(help="Keep layers with a larger relative error dense.")
     ] = None,
+    quantization: Quantization = None,
+    quantization_group_size: GroupSizeOfZ = None,
+    rounding: Rounding = None,
     device: Device = "cpu",
     dry_run: DryRun = False,
 ) -> None:
@@ -64,6 +71,7 @@ def compress(
         import ss1_compile
         from ss1_compile._huggingface import compress_directory
 
+        quantized = quantization_of(quantization, quantization_group_size, rounding)
         if plan is None:
             config = config_of(
                 include,
@@ -73,10 +81,11 @@ def compress(
                 group_size=group_size,
                 overrides=overrides_of(override or []),
                 max_error=max_error,
+                **quantized,
             )
         else:
             given = (projection, group_size, include, exclude, override, max_error)
-            if any(value is not None for value in given):
+            if quantized or any(value is not None for value in given):
                 raise ss1_compile.ConfigError(
                     "--plan has the whole configuration; give its options to ss1 plan"
                 )

@@ -13,12 +13,16 @@ from ss1_cli.common import (
     Data,
     Device,
     DryRun,
+    GroupSizeOfZ,
     MaxTokens,
     Model,
     OptionalData,
+    Quantization,
+    Rounding,
     Samples,
     one_line_errors,
     out,
+    quantization_of,
     waiting,
 )
 
@@ -44,13 +48,19 @@ def heal(
     samples: Samples = 8192,
     max_tokens: MaxTokens = 128,
     batch_size: BatchSize = 16,
+    quantization: Quantization = None,
+    quantization_group_size: GroupSizeOfZ = None,
+    rounding: Rounding = None,
     device: Device = "cpu",
     dry_run: DryRun = False,
 ) -> None:
-    """Distil the dense MODEL into the COMPRESSED one."""
+    """Distil the dense MODEL into the COMPRESSED one; --quantization quantises it afterwards."""
     with one_line_errors(context):
+        from dataclasses import replace
+
         import ss1_compile
         from ss1_compile.data_files import load_batches
+        from ss1_compile.healing.heal import check_trainable
         from ss1_compile.model_sources import check_target, load_compressed, load_model
         from ss1_compile.serialization.checkpoint import read_config
 
@@ -63,13 +73,17 @@ def heal(
             seed=seed,
             evaluate_every=0 if held_out is None else max(1, (steps + block_steps) // 8),
         )
-        saved = read_config(compressed)
+        quantized = quantization_of(quantization, quantization_group_size, rounding)
+        saved = read_config(compressed).config
+        if quantized:
+            saved = replace(saved or ss1_compile.SS1Config(), **quantized)
         if not dry_run:
             check_target(out_dir)
         with waiting(f"loading {model} and {compressed}"):
             loaded = load_model(model, device)
             dense = loaded.model
             student = load_compressed(compressed, loaded)
+            check_trainable(student)
             batches = load_batches(data, loaded, **sizes)
             unseen = None if held_out is None else load_batches(held_out, loaded, **sizes)
         if dry_run:
@@ -81,7 +95,13 @@ def heal(
         result = ss1_compile.heal(
             student, dense, batches, config, held_out=unseen, metric=metric, directory=state
         )
+        report = None
+        if quantized:
+            calibration = batches if rounding == "calibrated" else None
+            report = ss1_compile.quantize(student, saved, calibration)
         loaded.model = student
-        loaded.save_compressed(out_dir, saved.config)
+        loaded.save_compressed(out_dir, saved)
     out(result)
+    if report is not None:
+        out(report)
     out(f"wrote {out_dir}; load it with\n\n{loaded.recipe(out_dir)}")

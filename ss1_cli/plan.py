@@ -13,13 +13,17 @@ from ss1_cli.common import (
     Device,
     DryRun,
     Exclude,
+    GroupSizeOfZ,
     Include,
     MaxTokens,
     Model,
+    Quantization,
+    Rounding,
     Samples,
     config_of,
     one_line_errors,
     out,
+    quantization_of,
     reductions_of,
     waiting,
 )
@@ -47,6 +51,9 @@ def plan(
     batch_size: BatchSize = 16,
     include: Include = None,
     exclude: Exclude = None,
+    quantization: Quantization = None,
+    quantization_group_size: GroupSizeOfZ = None,
+    rounding: Rounding = None,
     device: Device = "cpu",
     dry_run: DryRun = False,
 ) -> None:
@@ -59,7 +66,8 @@ def plan(
         from ss1_compile.planning.target import Target
 
         Target.parse(target)
-        config = config_of(include, exclude, projection)
+        quantized = quantization_of(quantization, quantization_group_size, rounding)
+        config = config_of(include, exclude, projection, **quantized)
         among = CHOICES if choices is None else reductions_of(choices, "--choices")
         with waiting(f"loading {model}"):
             loaded = load_model(model, device)

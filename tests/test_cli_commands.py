@@ -14,6 +14,7 @@ from test_cli import assert_fails, hf_dir, run, texts  # noqa: F401 - fixtures
 import ss1_compile
 from ss1_compile import data_files, model_sources
 from ss1_compile.errors import CalibrationError, CheckpointError, ConfigError
+from ss1_compile.serialization.checkpoint import read_config
 
 pytest.importorskip("accelerate")
 
@@ -109,6 +110,76 @@ def test_from_plan_to_healed_model(factory):
     times = json.loads((factory / "b.json").read_text())
     assert set(times) == {"dense", "ss1"}
     assert all(0 < row["least_ms"] <= row["median_ms"] for row in times.values())
+
+
+def quantizations(directory):
+    layers = read_config(directory).layers
+    return {name: layer.quantization for name, layer in layers.items()}
+
+
+def test_quantised_models(factory):
+    compress = ("compress", "net:make", "small", "-c", 2, "--calibration", "x.npz")
+    result = run(*compress, "--quantization", "int8_dynamic")
+    assert result.exit_code == 0, result.output
+    assert "int8_dynamic" in result.stdout
+    assert set(quantizations("small").values()) == {"int8_dynamic"}
+    names = {}
+    exec(result.stdout.partition("load it with")[2], names)
+    assert {m.quantization for m in names["model"].modules() if hasattr(m, "z")} == {"int8_dynamic"}
+    heal = ("net:make", "small", "healed", "--data", "x.npz", "--steps", 2, "--batch-size", 16)
+    for dry in ((), ("--dry-run",)):
+        result = run("heal", *heal, *dry)
+        assert_fails(result, "ConfigError", "layers.0 is quantised (int8_dynamic)", "heal, then")
+    assert not (factory / "healed").exists()
+
+    result = run("plan", "net:make", "--calibration", "x.npz", "--choices", "2,4",
+                 "--target", "40%", "--quantization", "int8_weight_only")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    planned = ("compress", "net:make", "planned", "--plan", "plan.json", "--calibration", "x.npz")
+    assert_fails(run(*planned, "--quantization", "int8_dynamic"), "ConfigError", "ss1 plan")
+    assert run(*planned).exit_code == 0
+    assert set(quantizations("planned").values()) == {"int8_weight_only"}
+
+
+def test_quantised_after_healing(factory):
+    """In groups, and rounded so that the outputs on the training data move least."""
+    result = run("compress", "net:make", "small", "-c", 2, "--calibration", "x.npz")
+    assert result.exit_code == 0, result.output
+    heal = ("heal", "net:make", "small", "healed", "--data", "x.npz", "--steps", 2)
+    grouped = ("--quantization", "int8_weight_only", "--quantization-group-size", 2)
+    result = run(*heal, "--batch-size", 16, *grouped, "--rounding", "calibrated")
+    assert result.exit_code == 0, result.output
+    assert set(quantizations("healed").values()) == {"int8_weight_only"}
+    config = read_config("healed").config
+    assert (config.quantization_group_size, config.rounding) == (2, "calibrated")
+    tensors = load_file("healed/model.safetensors")
+    assert {name: tensors[f"{name}.z"].dtype for name in ("layers.0", "layers.2")} == {
+        "layers.0": torch.int8,
+        "layers.2": torch.int8,
+    }
+    assert tensors["layers.0.scale"].numel() == tensors["layers.0.z"].numel() // 2
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--rounding", "calibrated"), ("--rounding calibrated needs --quantization",)),
+        (("--quantization-group-size", 8), ("--quantization-group-size 8 needs",)),
+        (("--quantization", "int4"), ("quantization must be one of", "int4")),
+        (
+            ("--quantization", "int8_dynamic", "--quantization-group-size", 8),
+            ("quantization_group_size = 8 is for quantization='int8_weight_only'",),
+        ),
+        (
+            ("--quantization", "int8_dynamic", "--rounding", "calibrated"),
+            ("calibrat",),
+        ),
+    ],
+)
+def test_bad_quantizations_are_named(factory, options, parts):
+    result = run("compress", "net:make", "small", "-c", 2, *options)
+    assert_fails(result, "Error", *parts)
+    assert not (factory / "small").exists()
 
 
 def test_a_plan_by_latency_and_a_dry_run(factory):

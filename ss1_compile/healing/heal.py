@@ -67,8 +67,8 @@ def heal(
         **options: fields of :class:`HealConfig`, in place of ``config``.
 
     Raises:
-        ConfigError: bad options, no SS1 layers, no repeated blocks for ``block_steps``, a model
-            without gradient checkpointing.
+        ConfigError: bad options, no SS1 layers, quantised ones, no repeated blocks for
+            ``block_steps``, a model without gradient checkpointing.
         CalibrationError: no batches.
         TrainingError: the loss is not finite.
         CheckpointError: the directory has the state of another run.
@@ -78,8 +78,7 @@ def heal(
         raise ConfigError(f"pass either config or options, not both ({', '.join(options)})")
     config = HealConfig(**_known(options)) if config is None else config
     model, teacher = (getattr(m, "_orig_mod", m) for m in (model, teacher))
-    if not any(isinstance(m, SS1Linear | SS1ExpertLinear) for m in model.modules()):
-        raise ConfigError("the model has no SS1 layers; compress it first (ss1_compile.compress)")
+    check_trainable(model)
     batches = list(data)
     if not batches:
         raise CalibrationError("there are no batches to heal with")
@@ -96,6 +95,23 @@ def heal(
     with prepared(model, teacher, config) as trained:
         run.train(trained, progress)
     return run.result
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model without SS1 layers, and one whose z cannot be trained.
+
+    Raises:
+        ConfigError: there are none, or one is quantised; it is named.
+    """
+    if not any(isinstance(m, SS1Linear | SS1ExpertLinear) for m in model.modules()):
+        raise ConfigError("the model has no SS1 layers; compress it first (ss1_compile.compress)")
+    for name, module in model.named_modules():
+        if isinstance(module, SS1Linear) and module.quantization is not None:
+            raise ConfigError(
+                f"{name or 'the model'} is quantised ({module.quantization}) and its z cannot be "
+                f"trained; compress without quantization, heal, then quantise "
+                f"(ss1_compile.quantize)"
+            )
 
 
 def _known(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from ss1_compile.compression.stand_ins import stand_ins
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import CalibrationError, ConfigError, NothingToCompressError
 from ss1_compile.evaluation import Evaluation, Output
+from ss1_compile.experts import SS1ExpertLinear
+from ss1_compile.modules import SS1Linear
 from ss1_compile.planning import costs
 from ss1_compile.planning.layers import LayerChoice, PlannedLayer
 from ss1_compile.planning.measure import (
@@ -179,10 +181,21 @@ def _statistics_kept(model: nn.Module) -> Iterator[None]:
             rebind(parameter, statistics)
 
 
+def _form(module: SS1Linear | SS1ExpertLinear) -> str:
+    words = [f"c = {module.structure.reduction:.4g}"]
+    if isinstance(module, SS1Linear) and module.quantization is not None:
+        words.append(module.quantization)
+    return ", ".join(words)
+
+
 def _candidates(
     model: nn.Module, config: SS1Config, fit: list[Any], held: list[Any], progress: bool
 ) -> tuple[list[Candidate], dict[str, str]]:
-    left: dict[str, str] = {}
+    left = {
+        name: f"compressed already ({_form(module)}); plan the dense model"
+        for name, module in model.named_modules()
+        if isinstance(module, SS1Linear | SS1ExpertLinear)
+    }
     chosen = []
     for layer in find_layers(model, replace(config, reduction=1), {}):
         if layer.structure is None:

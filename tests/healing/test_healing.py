@@ -220,6 +220,10 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
 
 def test_bad_input_is_named(case):
     model, teacher, batches, _ = case
+    quantised = copy.deepcopy(model)
+    ss1_compile.quantize(quantised, quantization="int8_weight_only")
+    with pytest.raises(ConfigError, match=r"is quantised \(int8_weight_only\).*heal, then quan"):
+        ss1_compile.heal(quantised, teacher, batches)
     with pytest.raises(ConfigError, match="no SS1 layers"):
         ss1_compile.heal(teacher, teacher, batches)
     with pytest.raises(CalibrationError, match="no batches"):

@@ -243,6 +243,37 @@ def test_a_rotation_plan_and_layers_that_are_fixed_by_hand():
         ss1_compile.plan(model, batches, choices=(1,))
 
 
+def test_layers_that_are_compressed_already():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+    batches = [batch.flatten(0, 1) for batch in batches_of(2)]
+    options = {"quantization": "int8_dynamic", "warn_error": 2.0, "progress": False}
+    ss1_compile.compress(model, reduction=2, include=("0",), **options)
+    plan = ss1_compile.plan(model, batches, 0.6, choices=(1, 2), progress=False)
+    assert [layer.name for layer in plan.layers] == ["2"]
+    assert plan.left["0"] == "compressed already (c = 2, int8_dynamic); plan the dense model"
+    ss1_compile.compress(model, reduction=2, **options)
+    with pytest.raises(NothingToCompressError, match=r"0: compressed already .* plan the dense"):
+        ss1_compile.plan(model, batches)
+
+
+def test_a_plan_of_quantised_layers():
+    """Their errors are those of the quantised layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+    batches = [batch.flatten(0, 1) for batch in batches_of(4)]
+    errors = []
+    for quantization in (None, "int8_dynamic"):
+        config = ss1_compile.SS1Config(projection="average", quantization=quantization)
+        plan = ss1_compile.plan(model, batches, 0.5, config=config, choices=(2,), progress=False)
+        errors.append([choice.error for choice in plan["2"].choices])
+        made = copy.deepcopy(model)
+        ss1_compile.compress(made, replace(plan.config, warn_error=2.0), batches, progress=False)
+        assert {made[0].quantization, made[2].quantization} == {quantization}
+    assert errors[0] != errors[1]
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
 def test_perplexity_of_a_language_model():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
