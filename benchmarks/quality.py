@@ -33,6 +33,7 @@ from ss1_compile.calibration.input_statistics import InputStatistics
 from ss1_compile.calibration.sequential import SequentialCalibration, swap
 from ss1_compile.compression.layers import Layer, find_layers
 from ss1_compile.projection.target import Target
+from ss1_compile.projection.weighing import weighed_rows
 
 ASYMMETRIES = (0.0, 0.5, 1.0)
 DAMPING = 1e-3
@@ -63,9 +64,12 @@ def ours(
 
 
 def baseline(
-    method: baselines.Method, model: nn.Module, subject: Subject, c: float, seed: int
+    method: baselines.Method | None, model: nn.Module, subject: Subject, c: float, seed: int
 ) -> int:
-    """Replace every layer by the dense matrix of ``method``; the parameters that it needs."""
+    """Replace every layer by the dense matrix of ``method``; the parameters that it needs.
+
+    ``None`` stands for the SVD with weighed outputs.
+    """
     layers = [
         layer
         for layer in find_layers(model, SS1Config(reduction=1, exclude=subject.exclude), {})
@@ -73,7 +77,9 @@ def baseline(
     ]
     data = subject.calibration(seed)
     left = 0
-    with SequentialCalibration(model, layers, data, paired=True, held_out=True) as walk:
+    with SequentialCalibration(
+        model, layers, data, paired=True, held_out=True, weigh_outputs=method is None
+    ) as walk:
         for group in walk.groups(progress=False):
             for layer, statistics in group:
                 assert statistics is not None
@@ -85,17 +91,37 @@ def baseline(
 
 
 def _approximated(
-    method: baselines.Method, layer: Layer, statistics: InputStatistics, c: float
+    method: baselines.Method | None, layer: Layer, statistics: InputStatistics, c: float
 ) -> nn.Linear:
     """The layer with ``method``'s matrix, the asymmetry chosen on held-out rows."""
     w, device = layer.weight.detach().double(), layer.weight.device
     target = partial(Target.of, centred=layer.bias is not None, device=device)
+    whole = target(statistics)
+    rows = w  # what errors are measured on
+    if method is None:
+        assert statistics.gradients is not None
+        found = weighed_rows([w], [statistics.gradients], whole)
+        rows = w if found is None else found
+    rank = int(w.numel() / (c * sum(w.shape)))
+
+    def approximated(x: Tensor, of: Target, asymmetry: float) -> Tensor:
+        assert of.moment is not None
+        correction = of.correction(DAMPING, layer.name) if asymmetry else None
+        moment = baselines.damped(of.moment, DAMPING)
+
+        def wanted(x: Tensor) -> Tensor:
+            return x if correction is None else x + asymmetry * (x @ correction)
+
+        if method is None:
+            return baselines.weighed_svd(wanted(x), moment, rank, wanted(rows))
+        return method(wanted(x), moment, c)
+
     part = 0.0
     if statistics.drift is not None and statistics.held_out is not None:
         fit, unseen = target(statistics.without_held_out()), target(statistics.held_out)
-        part = min(ASYMMETRIES, key=lambda a: _lost(unseen, w, _matrix(method, w, fit, a, c)))
-    whole = target(statistics)
-    approximation = _matrix(method, w, whole, part, c)
+        lost = {a: unseen.lost(rows, rows - approximated(rows, fit, a)) for a in ASYMMETRIES}
+        part = min(lost, key=lambda a: lost[a].item())
+    approximation = approximated(w, whole, part)
     linear = nn.Linear(*reversed(w.shape), layer.bias is not None, device, layer.weight.dtype)
     linear.weight = nn.Parameter(approximation.to(layer.weight.dtype))
     if layer.bias is not None:
@@ -105,19 +131,6 @@ def _approximated(
     return linear
 
 
-def _lost(target: Target, w: Tensor, approximation: Tensor) -> float:
-    return target.lost(w, w - approximation).item()
-
-
-def _matrix(
-    method: baselines.Method, w: Tensor, target: Target, asymmetry: float, c: float
-) -> Tensor:
-    assert target.moment is not None
-    correction = target.correction(DAMPING, "weight") if asymmetry else None
-    wanted = w if correction is None else w + asymmetry * (w @ correction)
-    return method(wanted, baselines.damped(target.moment, DAMPING), c)
-
-
 Compression = Callable[[nn.Module, Subject, float, int], int]
 
 METHODS: dict[str, Compression] = {
@@ -125,9 +138,13 @@ METHODS: dict[str, Compression] = {
     "magnitude pruning": partial(baseline, baselines.magnitude),
     "SVD": partial(baseline, baselines.svd),
     "activation-aware SVD": partial(baseline, baselines.aware_svd),
+    "activation-aware SVD, outputs weighed": partial(baseline, None),
     "Monarch": partial(baseline, baselines.monarch),
     "rotation sketch": partial(ours, {"projection": "calibrated"}),
     "learned sketch": partial(ours, {"projection": "learned"}),
+    "learned sketch, outputs alike": partial(
+        ours, {"projection": "learned", "weigh_outputs": False}
+    ),
     "learned sketch, one-shot": partial(ours, {"projection": "learned", "sequential": False}),
     "learned sketch, asymmetry 0": partial(ours, {"projection": "learned", "asymmetry": 0}),
 }

@@ -27,7 +27,7 @@ def damped(moment: Tensor, damping: float = 1e-3) -> Tensor:
 
 def svd(weight: Tensor, moment: Tensor, reduction: float) -> Tensor:
     """The best matrix of rank ``N·K / (c·(N + K))`` for the Frobenius norm."""
-    return aware_svd(weight, torch.eye(len(moment), dtype=moment.dtype), reduction)
+    return aware_svd(weight, torch.eye(len(moment)).to(moment), reduction)
 
 
 def aware_svd(weight: Tensor, moment: Tensor, reduction: float) -> Tensor:
@@ -40,6 +40,19 @@ def aware_svd(weight: Tensor, moment: Tensor, reduction: float) -> Tensor:
     factor = torch.linalg.cholesky(moment)
     u, s, v = torch.linalg.svd(weight @ factor, full_matrices=False)
     truncated = (u[:, :rank] * s[:rank]) @ v[:rank]
+    result: Tensor = torch.linalg.solve_triangular(factor, truncated, upper=False, left=False)
+    return result
+
+
+def weighed_svd(weight: Tensor, moment: Tensor, rank: int, rows: Tensor) -> Tensor:
+    """The best matrix of a rank for ``tr(Γ (W - Ŵ) H (W - Ŵ)ᵀ)``, for rows R, ``RᵀR = WᵀΓW``.
+
+    ``Ŵ = W L V Vᵀ L⁻¹`` with the leading right singular vectors V of ``R L`` (Fisher-weighted SVD,
+    ICLR 2022, with the whole Γ and for the inputs' H).
+    """
+    factor = torch.linalg.cholesky(moment)
+    v = torch.linalg.svd(rows @ factor, full_matrices=False)[2][:rank]
+    truncated = weight @ factor @ v.T @ v
     result: Tensor = torch.linalg.solve_triangular(factor, truncated, upper=False, left=False)
     return result
 

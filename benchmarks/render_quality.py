@@ -133,6 +133,9 @@ Finished rows are kept, so that an interrupted run goes on. The second model nee
   are not fitted.
 - The learned sketch is the default where there is calibration data: q, k and v share one
   (`share_sketches`), and the group size is chosen per layer. Its parameters include the blocks.
+- It also weighs a layer's output errors by what the model makes of them (`weigh_outputs`): by the
+  gradients of a random projection of the model's own output, which need no labels. *Outputs alike*
+  is the same without; *outputs weighed* gives the same gradients to the activation-aware SVD.
 - Magnitude pruning is not charged for the places of what it keeps.
 
 {tables(result)}

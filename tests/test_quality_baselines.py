@@ -41,6 +41,20 @@ def test_the_svds_are_the_best_of_their_rank(problem):
     assert lost < baselines.output_energy(w - plain, h)
 
 
+def test_the_weighed_svd_is_the_best_of_its_rank_for_the_weighed_error(problem):
+    w, h = problem
+    rank = int(48 * 64 / (2 * (48 + 64)))
+    root = torch.logspace(0, -2, 48, dtype=torch.float64).diag()  # Γ^½
+    approximation = baselines.weighed_svd(w, h, rank, root @ w)
+    assert torch.linalg.matrix_rank(approximation) == rank
+    tail = torch.linalg.svdvals(root @ w @ torch.linalg.cholesky(h))[rank:]
+    lost = baselines.output_energy(root @ (w - approximation), h)
+    assert lost == pytest.approx(tail.square().sum().item())
+    assert lost < baselines.output_energy(root @ (w - baselines.aware_svd(w, h, 2)), h)
+    alike = baselines.weighed_svd(w, h, rank, w)
+    torch.testing.assert_close(alike, baselines.aware_svd(w, h, 2))
+
+
 def test_monarch_recovers_a_monarch_matrix(problem):
     # 4 blocks, tiles of rank 1: outputs dealt out with stride 4
     h = problem[1]

@@ -6,16 +6,17 @@ Fisher-weighted SVD, ICLR 2022), that is ``E[eᵀ Γ e]`` with ``Γ = E[δ δᵀ
 model's loss with respect to the layer's output. A sketch depends on Γ through ``WᵀΓW = E[g gᵀ]``
 alone, ``g = δ W`` being what the layer sends back to its input: ``[K, K]``, whatever N is.
 
-The loss needs no labels. Where the model returns ``logits``, it is the cross-entropy with labels
-drawn from the model's own distribution, which makes Γ the Fisher information. Elsewhere it is
-``Σ v ∘ f(x)`` with random signs v, a Hutchinson estimate of ``Σ JᵀJ`` for the Jacobian J of the
-outputs: every element of them counts alike.
+The loss needs no labels. It is ``Σ v ∘ f(x)`` with random signs v, a Hutchinson estimate of
+``Σ JᵀJ`` for the Jacobian J of f: every element of f counts alike. f is what the model returns; of
+a language model, what its output embedding reads, which did better than the Fisher information
+(benchmarks/NOTES.md). Where another model returns ``logits`` the loss is the cross-entropy with
+labels drawn from its own distribution, which makes Γ the Fisher information.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -63,15 +64,16 @@ class GradientMoments:
                     )
                     return seen
 
-                with LinearObserver(self._weights, _ignore, on_output):
+                with LinearObserver(self._weights, _ignore, on_output), _read(self._model) as read:
                     output = run_batch(self._model, batch, forward)
-                loss = self._loss(output, mask)
+                loss = self._loss(read or output, mask)
                 if loss is None:
                     self.problem = "nothing that the model returns can be differentiated"
                     return
                 torch.autograd.grad(loss, [probe], allow_unused=True)
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            self._fail(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            lines = str(error).strip().splitlines() or ["no message"]
+            self._fail(f"{type(error).__name__}: {lines[0]}")
 
     def finish(self) -> dict[str, Tensor]:
         """``E[g gᵀ]``, float64 ``[K, K]``, by weight; the sums are gone afterwards."""
@@ -146,6 +148,27 @@ def _rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and tensor.dim() > 2 and tensor.shape[:2] == mask.shape:
         tensor = tensor[mask.to(tensor.device)]
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+@contextmanager
+def _read(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What the output embedding of a language model reads meanwhile; empty if there is none."""
+    found: list[Tensor] = []
+    head = None
+    with suppress(AttributeError, NotImplementedError):  # models that have none raise or give None
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Module):
+        yield found
+        return
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.extend(x for x in args[:1] if isinstance(x, Tensor) and x.requires_grad)
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 @contextmanager

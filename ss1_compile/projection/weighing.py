@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ss1_compile.projection.target import Target
 
-EQUAL_PART = 0.1
+EQUAL_PART = 0.3
 """The part of the weighed output energy that the outputs counted alike are added with: gradients of
 few inputs know little about the directions that they miss. Measured, see benchmarks/NOTES.md."""
 _ROUNDING = 1e-10  # of the mean of diag(M), which leaves a singular M positive definite

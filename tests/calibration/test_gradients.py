@@ -117,6 +117,34 @@ def test_the_loss_of_logits_is_that_of_labels_drawn_from_the_model():
     torch.testing.assert_close(found, fisher, rtol=0.05, atol=0.05 * fisher.abs().max().item())
 
 
+class Language(nn.Module):
+    """An output embedding behind two layers, found as in Hugging Face's models."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(K, K), nn.Linear(K, 6)
+        self.lm_head = nn.Linear(6, 40)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, x):
+        return SimpleNamespace(logits=self.lm_head(self.last(torch.tanh(self.layer(x)))))
+
+
+def test_of_a_language_model_what_the_output_embedding_reads_counts():
+    torch.manual_seed(0)
+    model = Language().double()
+    x = torch.randn(5, 9, K, dtype=torch.float64)
+    found = weighed(model, [x])
+    headless = nn.Sequential(model.layer, nn.Tanh(), model.last)
+    wanted = weighed(headless, [x])
+    for name, same in (("layer.weight", "0.weight"), ("last.weight", "2.weight")):
+        torch.testing.assert_close(found[name].gradients, wanted[same].gradients)
+    assert found["lm_head.weight"].gradients is None  # nothing of it is in the loss
+    assert not model.lm_head._forward_pre_hooks
+
+
 def test_half_precision_and_inputs_without_gradients():
     model = make().float()
     x = torch.randn(8, 5, K)
