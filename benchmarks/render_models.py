@@ -69,7 +69,8 @@ def target_rows(blocks: Result, models: Result) -> list[list[str]]:
                 for way in WAYS:
                     gain = found[0].get(way)
                     cells += ["", ""] if gain is None else [f"{gain:.2f}×", verdict(gain >= target)]
-                lines.append([f"{name}, {kind}", *cells])
+                older = " (launched from Python)" if "launched_from" in found[0] else ""
+                lines.append([f"{name}, {kind}{older}", *cells])
     return lines
 
 
@@ -82,7 +83,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             [
                 f"{row['model']}, {row['size']}",
-                row["variant"],
+                row["variant"] + (" (launched from Python)" if "launched_from" in row else ""),
                 row["kind"] or "",
                 f"{row['ms']:.2f}",
                 speedup[0],
