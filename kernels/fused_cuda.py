@@ -88,6 +88,28 @@ def _adjacent(parts: Sequence[Tensor | None]) -> Tensor | None:
     return first.as_strided((total, *first.shape[1:]), first.stride())
 
 
+def _in_epilogue(
+    sketched: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out: Tensor,
+) -> bool:
+    """Whether cuBLASLt's own epilogue is all of it: bias and ReLU, or bias and tanh-GELU.
+
+    Of 16-bit types, for which its tanh is exact enough.
+    """
+    return (
+        activation in ("relu", "gelu_tanh")
+        and sketched.shape[0] == 1
+        and bias is not None
+        and residual is None
+        and out.is_cuda
+        and out.is_contiguous()
+        and out.element_size() == 2
+    )
+
+
 def _library_product(
     sketched: Tensor,
     z: Tensor,
@@ -98,6 +120,11 @@ def _library_product(
 ) -> None:
     """The library's product, then one kernel for what it has no epilogue for."""
     hashes = sketched.shape[0]
+    if _in_epilogue(sketched, bias, residual, activation, out):
+        assert bias is not None
+        gelu = activation == "gelu_tanh"
+        torch._addmm_activation(bias, sketched[0], z.t(), use_gelu=gelu, out=out)
+        return
     plain = activation == "none" and residual is None
     if hashes == 1:
         whole = out.is_contiguous()
@@ -133,7 +160,8 @@ def _product(
     # what the library leaves to a second kernel: y is read and written, and a residual read
     passes = 0.0
     strided = sketched.shape[0] > 1 or not out.is_contiguous()
-    if activation != "none" or residual is not None or (bias is not None and strided):
+    extra = activation != "none" or residual is not None or (bias is not None and strided)
+    if extra and not _in_epilogue(sketched, bias, residual, activation, out):
         passes = 2.0 + (residual is not None)
     chosen = lowering.choose_product(layer, passes, cuda._device_name(z.device))
     if chosen == "stream":

@@ -137,6 +137,26 @@ def test_matmul(rows, hashes, dtype):
                     assert_close(y, expected, factor=2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
+def test_activation_in_the_library_s_epilogue(activation, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    sketched, z, bias = (
+        randn(1, 300, 64, dtype=dtype),
+        randn(96, 64, dtype=dtype),
+        randn(96).to(dtype),
+    )
+    y = torch.empty(300, 96, dtype=dtype, device=sketched.device)
+    assert fused_cuda._in_epilogue(sketched, bias, None, activation, y)
+    fused_cuda._library_product(sketched, z, bias, None, activation, y)
+    exact = fused_portable.matmul(
+        sketched.double(), [z.double()], [bias.double()], None, activation
+    )
+    assert_close(y, exact, factor=2)
+
+
 def test_no_rows():
     code, reduced = make_sketch("rotation", 100, 2, 3, 16, torch.float16)
     x = randn(0, 100, dtype=torch.float16)
