@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> None:
         draw = Draw(seed, device)
         plan, seconds = draw.plan(arguments.directory / f"{device.type}")
         print(f"seed {seed}: planned in {seconds} s", flush=True)
-        ss1_compile.calibrate(draw.model, draw.calibration)
+        ss1_compile.calibrate(draw.model, draw.calibration, weigh_outputs=True, progress=False)
         for fraction in missing:
             if late(started, arguments.minutes):
                 return

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from quality_vision import DinoV2
 from torch import Tensor, nn
 
 from ss1_compile.demo.data import load_articles, load_model, tokenize
@@ -225,4 +226,5 @@ def _package(module: str, requirement: str) -> Path:
 MODELS: dict[str, Callable[[torch.device, int | None], Subject]] = {
     "minilm": MiniLM,
     "smollm2": SmolLM2,
+    "dinov2": DinoV2,
 }

@@ -77,7 +77,9 @@ def measure(
     outputs = Outputs(subject)
     dense = outputs.of(subject.model)
     calibration = subject.calibration(0)
-    statistics = ss1_compile.calibrate(subject.model, calibration, progress=False)
+    statistics = ss1_compile.calibrate(
+        subject.model, calibration, weigh_outputs="learned" in arguments.projections, progress=False
+    )
     on = torch.cuda.get_device_name() if subject.device.type == "cuda" else "CPU"
     have = {
         (r["model"], r["projection"], r["c"], r["form"], r["rounding"]) for r in results["rows"]
