@@ -40,15 +40,20 @@ _LONG = 8  # batches from which a progress bar is worth its lines
 _SYMMETRY = 1e-9
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_versions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Of the weights when their statistics were bound."""
 
 
 def statistics_of(weight: Tensor) -> InputStatistics | None:
     """The statistics bound to this very parameter object, or ``None``.
 
-    They say what the inputs are like, so in-place changes of the weight do not touch them; they
-    are dropped with the weight.
+    They say what the inputs are like, so in-place changes of the weight do not touch them, but for
+    the gradients, which go through the weight as it was: these are dropped then. All of it is
+    dropped with the weight.
     """
     found: InputStatistics | None = _of_weight.get(weight)
+    if found is not None and found.gradients is not None and _versions[weight] != _version(weight):
+        found = _of_weight[weight] = replace(found, gradients=None)
     return found
 
 
@@ -58,6 +63,11 @@ def rebind(weight: Tensor, statistics: InputStatistics | None) -> None:
         _of_weight.pop(weight, None)
     else:
         _of_weight[weight] = statistics
+        _versions[weight] = _version(weight)
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
 
 
 class Statistics(Mapping[str, InputStatistics]):
@@ -118,7 +128,7 @@ class Statistics(Mapping[str, InputStatistics]):
                 )
             )
         for name, entry in self.items():
-            _of_weight[weights[name]] = entry
+            rebind(weights[name], entry)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; :meth:`load` reads it. Held-out rows are not marked in it."""
@@ -239,9 +249,10 @@ def calibrate(
         held_out: also set the statistics of every fourth batch apart (of the second, if there are
             fewer than four), for ``damping="auto"``. Takes twice the memory.
         weigh_outputs: also collect the gradients by which learned sketches weigh the outputs of
-            their layers (:mod:`ss1_compile.calibration.gradients`): another forward and a backward
-            pass per batch, ``8·K²`` bytes per weight, and what autograd keeps of one batch. A model
-            that does not allow it goes without; ``unweighed`` of the result says why.
+            their layers (:mod:`ss1_compile.calibration.gradients`), of the weights as they are:
+            another forward and a backward pass per batch, ``8·K²`` bytes per weight, and what
+            autograd keeps of one batch. A model that does not allow it goes without;
+            ``unweighed`` of the result says why.
         progress: show a progress bar if there are many batches.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import nn
 from ss1_compile import SS1Config, compress
 from ss1_compile.calibration import sequential
 from ss1_compile.calibration.sequential import SequentialCalibration
-from ss1_compile.calibration.statistics import Statistics, calibrate
+from ss1_compile.calibration.statistics import Statistics, calibrate, statistics_of
 from ss1_compile.compression.layers import find_layers
 from ss1_compile.errors import CalibrationError
 
@@ -217,6 +217,18 @@ def test_sequentially_they_are_those_of_the_dense_model(at_once, monkeypatch):
                 seen.append(layer.name)
                 layer.replacement = nn.Linear(*layer.shape[::-1])
     assert seen == ["0", "2", "3"]
+
+
+def test_they_are_of_the_weights_as_they_were():
+    model = nn.Linear(5, 4)
+    found = weighed(model, [torch.randn(20, 5)])["weight"]
+    assert statistics_of(model.weight) is found
+    with torch.no_grad():
+        model.weight.mul_(2)
+    left = statistics_of(model.weight)
+    assert left.gradients is None
+    assert left.second_moment is found.second_moment
+    assert statistics_of(model.weight) is left
 
 
 def test_they_are_saved_and_loaded(tmp_path):
