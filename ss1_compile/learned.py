@@ -22,6 +22,8 @@ from ss1_compile.structure import SS1Structure
 DEFAULT_GROUP_SIZE = 128
 _RANK_UNITS = (8, 4, 2, 1)
 _MAX_UNUSED = 0.04
+_ALIGNED = 8  # 16 bytes of a 16-bit type
+_MAX_UNALIGNED = 0.25
 
 
 def group_size_for(in_features: int, group_size: int | None = None) -> int:
@@ -45,7 +47,9 @@ def rank_for(
 
     That is ``r = K·N / (c·G·(N + J·gsize))``, or ``gsize·N / (c·(N + J·gsize))`` where the groups
     divide K; then rounded down to a multiple of 8, 4, 2 or 1, the first that leaves less than 4 %
-    of it unused: kernels load and store whole vectors of the widest.
+    of it unused: kernels load and store whole vectors of the widest. ``K_c = G·r`` is a multiple
+    of 8, so that the rows of X̃ and z are whole vectors too, unless that leaves more than a quarter
+    unused: with others the library's products ran at half their speed and less.
 
     Returns:
         r, at most ``group_size``; 0 where the budget allows none.
@@ -54,11 +58,17 @@ def rank_for(
     budget = in_features * out_features / reduction
     exact = budget / (groups * (out_features + num_hashes * group_size))
     whole = min(group_size, math.floor(exact * (1 + 1e-12)))
-    for unit in _RANK_UNITS:
-        rank = whole // unit * unit
-        if rank >= (1 - _MAX_UNUSED) * min(exact, group_size):
-            return rank
-    return whole
+    most = min(exact, group_size)
+    fitting = [
+        rank
+        for rank in (whole // unit * unit for unit in _RANK_UNITS)
+        if rank >= (1 - _MAX_UNUSED) * most
+    ]
+    aligned = [rank for rank in fitting if groups * rank % _ALIGNED == 0]
+    step = _ALIGNED // math.gcd(groups, _ALIGNED)
+    if not aligned and whole // step * step >= (1 - _MAX_UNALIGNED) * most:
+        return whole // step * step
+    return next(iter([*aligned, *fitting]), whole)
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,30 @@ def test_the_rank_is_that_of_the_formula():
     assert rank_for(384, 384, 2, 128) == 48
     assert rank_for(4096, 14336, 4, 128) == 31  # 31.7: 28 would leave 12 % unused
     assert rank_for(4096, 14336, 2, 128, 2) == 62  # 62.9
-    assert rank_for(384, 1536, 4, 128) == 29
+    assert rank_for(384, 1536, 2, 192) == 84  # 85.3, and K_c = 168
     assert rank_for(8, 8, 1, 8) == 4
     assert rank_for(64, 64, 100, 8) == 0
+
+
+def test_the_slots_are_whole_vectors_unless_that_wastes_a_quarter():
+    assert rank_for(1280, 5120, 4, 128) == 28  # 31.2: 30 is within 4 %, and 10 groups make 300
+    assert rank_for(768, 768, 4, 128) == 24  # 27.4: 27 would make 162
+    assert rank_for(384, 1536, 4, 128) == 24  # 29.5
+    assert rank_for(45, 30, 2, 15) == 5  # of 8 none fits
+    assert rank_for(40, 16, 4, 40) == 2  # 2.9
+
+
+@settings(deadline=None, max_examples=100)
+@given(k=st.integers(8, 3000), n=st.integers(8, 3000), c=st.floats(1, 8), size=st.integers(8, 400))
+def test_unaligned_slots_have_a_reason(k, n, c, size):
+    size = min(size, k)
+    groups = -(-k // size)
+    rank = rank_for(k, n, c, size)
+    exact = k * n / c / (groups * (n + size))
+    assert rank <= exact * (1 + 1e-9)
+    if groups * rank % 8:
+        step = 8 // math.gcd(groups, 8)
+        assert rank // step * step < 0.75 * min(exact, size)
 
 
 def test_default_groups_are_equal_and_near_128():
