@@ -58,10 +58,10 @@ def test_q_k_and_v_share_one_parameter_within_the_budget(sequential, tmp_path):
         assert heads.q.sketch is heads.k.sketch is heads.v.sketch
         assert heads.out.sketch is not heads.q.sketch
         held = {id(p): p.numel() for m in (heads.q, heads.k, heads.v) for p in (m.z, m.sketch)}
-        assert 0.9 * 2 * K * K < sum(held.values()) <= 2 * K * K  # K·ΣN/c
+        assert 0.8 * 2 * K * K < sum(held.values()) <= 2 * K * K  # K·ΣN/c
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     assert sum(row.bytes_after for row in report) == stored
-    assert all(1.95 < row.reduction < 2.3 for row in report)
+    assert all(1.95 < row.reduction < 2.5 for row in report)
 
     save(model, tmp_path)
     loaded = load(make(), tmp_path)

@@ -180,7 +180,7 @@ def test_compressed_models_come_closer_to_the_dense_one(sequential):
         assert len(report.compressed) == 3
         assert model.q.sketch is model.v.sketch
         errors[weigh] = (model(x) - dense(x)).norm().item()
-    assert errors[True] < 0.8 * errors[False]
+    assert errors[True] < 0.9 * errors[False]
 
 
 def test_without_reduction_it_is_exact():
