@@ -67,8 +67,9 @@ def tables(result: Mapping[str, Any]) -> str:
             tokens = round(fmean(row["calibration_tokens"] for row in rows))
             known = ", ".join(f"{COLUMNS[n]} {dense[n]:.3f}" for n in names if n in dense)
             text = f"{tokens} calibration tokens per seed; dense: {known}."
-            notes = {(row["method"], row["note"]) for row in rows if row.get("note")}
-            text += "".join(f" Measured before a change ({m}): {n}." for m, n in sorted(notes))
+            for note in sorted({row["note"] for row in rows if row.get("note")}):
+                told = dict.fromkeys(row["method"] for row in rows if row.get("note") == note)
+                text += f" Measured before a change: {note} ({', '.join(told)})."
             parts.append(
                 f"## {model}, c = {c:g}\n\n{text}\n\n"
                 + markdown(["method", "seeds", *(COLUMNS[n] for n in names)], lines)
