@@ -66,8 +66,11 @@ def table(rows: list[Row], head: list[str], figures: Callable[[Row], list[str]])
     """A line per row, and the curves."""
     lines = []
     for row in rows:
-        trained = f"{row['steps']} × {row['batch']}"
-        cells = [row["on"], settings(row), trained, f"{row['texts']}", f"{row['seconds']:.0f}"]
+        last = row["points"][-1]
+        steps = f"{row['steps']}" if row["finished"] else f"{last['step']} of {row['steps']}"
+        seconds = row["seconds"] if row["finished"] else 60 * last["at_minute"]
+        trained = f"{steps} × {row['batch']}"
+        cells = [row["on"], settings(row), trained, f"{row['texts']}", f"{seconds:.0f}"]
         lines.append([*cells, *figures(row), "met" if met(row) else "missed"])
     first = ["on", "compressed", "steps × batch", rows[0]["unit"], "seconds"]
     return markdown([*first, *head, "aim"], lines)
@@ -82,8 +85,8 @@ def curve(row: Row) -> str:
 
 
 def figures(rows: list[Row]) -> str:
-    """What stands between the markers. Runs that were broken off are left out."""
-    rows = [row for row in rows if row["finished"]]
+    """What stands between the markers; of runs that were broken off, as far as they came."""
+    rows = [row for row in rows if len(row["points"]) > 1]
     parts: list[str] = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
