@@ -281,7 +281,7 @@ def table(result: Mapping[str, Any]) -> str:
             continue
         model, door, dtype = name.split(" | ")
         if "error" in found:
-            errors = [found["error"].splitlines()[0], ""]
+            errors = [" ".join(found["error"].splitlines()[:2]), ""]
         else:
             rows = found["relative_error"].values()
             errors = [f"{max(row[key] for row in rows):.1e}" for key in ("engine", "eager")]

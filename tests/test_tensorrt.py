@@ -69,11 +69,21 @@ def test_a_library_that_is_missing_is_named(monkeypatch):
         ss1_tensorrt.register()
 
 
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_holds_what_engines_computed():
+    probe = script("tensorrt_probe")
+    page = probe.PAGE.read_text(encoding="utf-8")
+    assert probe.rendered(page) == page
+
+
 def test_the_page_holds_the_sizes_that_were_measured():
-    script = ROOT / "benchmarks" / "tensorrt_forms.py"
-    spec = importlib.util.spec_from_file_location("tensorrt_forms", script)
-    forms = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(forms)
+    forms = script("tensorrt_forms")
     page = forms.PAGE.read_text()
     assert forms.rendered(page) == page
     sizes = {(r["layers"], r["n"], r["form"]): r["engine_bytes"] for r in measured(forms)}
