@@ -30,6 +30,14 @@ PAGES = {"README.md": ("figures", "gpu"), "docs/minilm.md": ("figures",)}
 GPU_LAYERS = ((8192, 4096, 14336), (8192, 14336, 4096), (16384, 1024, 4096), (16384, 4096, 1024))
 GPU_DECODE = ((1, 4096, 14336), (16, 4096, 14336))
 REDUCTIONS = (2, 4, 8)
+GPU_MODELS = (
+    ("bert-large", "128 x 128", "all encoder linears, c = 4"),
+    ("llama-3-8b", "prefill 8192", "all layers, c = 4"),
+    ("llama-3-8b decode", "batch 1, 2048 cached", "all layers, c = 4"),
+    ("gpt2-l", "16 x 1024", "FFN, c = 4"),
+    ("vit-l", "128 x 224²", "all encoder linears, c = 4"),
+    ("mixer-l", "256 x 224²", "channel MLPs, c = 4"),
+)
 MODEL_WAYS = {
     "speedup": "launched",
     "replayed_speedup": "CUDA graphs",
@@ -83,12 +91,11 @@ def gpu_figures(layers: Result, models: Result) -> str:
             rows.append(_layer_row(sizes, kind, layers["decode"], "kind", kind))
     whole = [
         (
-            f"{row['model']}, {row['size']}, {row['variant']}, {row['kind']}"
-            + (", launched from Python" if "launched_from" in row else ""),
+            f"{row['model']}, {row['size']}, {row['variant']}, {row['kind']}",
             *(f"{row[way]:.2f}×" if row.get(way) else "" for way in MODEL_WAYS),
         )
         for row in models["rows"]
-        if row["kind"] is not None
+        if row["kind"] is not None and (row["model"], row["size"], row["variant"]) in GPU_MODELS
     ]
     gpu, torch, triton = (layers["environment"][key] for key in ("gpu", "torch", "triton"))
     return f"""\
