@@ -123,7 +123,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
 
     console.rule("quality")
     with step("input statistics of the dense model"):
-        statistics = calibrate(model, batches)
+        statistics = calibrate(model, batches, weigh_outputs=True)
     job = _QualityJob(model, statistics, batches, Examiner(articles, tokenizer), step)
     quality = job.run(options)
     console.print(job.shown)
@@ -268,7 +268,7 @@ class _QualityJob:
         calibration = data.tokenize(tokenizer, texts[:seen], batch_size=64)
         held_out = data.tokenize(tokenizer, texts[seen:], batch_size=64)
         with self.step("input statistics on short sentences"):
-            statistics = calibrate(self.dense, calibration)
+            statistics = calibrate(self.dense, calibration, weigh_outputs=True)
         reference = embed(self.dense, held_out)
         reduction, rows = min(options.reductions), []
         for method in METHODS:
