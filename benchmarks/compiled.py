@@ -83,9 +83,8 @@ def ss1_linear(module: nn.Module, kind: str, c: int) -> SS1Linear:
     else:
         structure = LearnedStructure.create(k, n, c)
     weight = module.weight
-    return SS1Linear(
-        structure, module.bias is not None, device=weight.device, dtype=weight.dtype
-    ).eval()
+    layer = SS1Linear(structure, module.bias is not None, device=weight.device, dtype=weight.dtype)
+    return layer.eval().requires_grad_(weight.requires_grad)
 
 
 def swap(model: nn.Module, choose: Choose, kind: str) -> int:
@@ -157,9 +156,10 @@ def replayed_ms(
         torch.compiler.cudagraph_mark_step_begin()
         model(*inputs)
 
-    for _ in range(3):  # compile, warm up, record
-        call()
-    return median_ms(call, seconds)
+    with torch.no_grad():  # with gradients nothing is fused
+        for _ in range(3):  # compile, warm up, record
+            call()
+        return median_ms(call, seconds)
 
 
 def compile_parts(case: Case, model: nn.Module, **options: Any) -> nn.Module:

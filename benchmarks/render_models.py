@@ -39,10 +39,11 @@ def kernel_class(name: str) -> str:
 
 
 def star(row: Row) -> str:
-    """Marks a row whose launching was slower than it need be."""
+    """Marks a row whose launching was slower than it need be, and says what has changed since."""
     if "launched_from" in row:
         return " (launched from Python)"
-    return " \\*" if row.get("busy_host") else ""
+    note = f" ({row['note']})" if "note" in row else ""
+    return (" \\*" if row.get("busy_host") else "") + note
 
 
 def target_rows(blocks: Result, models: Result) -> list[list[str]]:

@@ -91,7 +91,8 @@ def gpu_figures(layers: Result, models: Result) -> str:
             rows.append(_layer_row(sizes, kind, layers["decode"], "kind", kind))
     whole = [
         (
-            f"{row['model']}, {row['size']}, {row['variant']}, {row['kind']}",
+            f"{row['model']}, {row['size']}, {row['variant']}, {row['kind']}"
+            + (f" ({row['note']})" if "note" in row else ""),
             *(f"{row[way]:.2f}×" if row.get(way) else "" for way in MODEL_WAYS),
         )
         for row in models["rows"]
