@@ -259,6 +259,12 @@ class SS1Config:
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return values
 
+    def why_too_lossy(self, error: float) -> str | None:
+        """Why a layer of this relative error stays dense; ``None`` within ``max_error``."""
+        if self.max_error is None or not error > self.max_error:
+            return None
+        return f"relative error {error:.3f} exceeds max_error = {self.max_error}"
+
     def reduction_for(self, name: str, in_features: int, out_features: int) -> float | str:
         """The reduction of the layer called ``name``, or the reason why it stays dense."""
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.include):

@@ -64,9 +64,8 @@ class Decisions:
 
     def accept(self, site: Site, name: str, structure: Structure, projection: Projection) -> bool:
         """Whether the projection is good enough (``max_error``). Adds the site's row."""
-        limit = self.config.max_error
-        if limit is not None and projection.error > limit:
-            reason = f"relative error {projection.error:.3f} exceeds max_error = {limit}"
+        reason = self.config.why_too_lossy(projection.error)
+        if reason is not None:
             self._row(site, name, reason=reason, projection=projection)
             return False
         self._row(site, name, projection=projection, structure=structure)

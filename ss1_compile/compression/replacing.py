@@ -141,10 +141,8 @@ def _find_replacement(
         error_of=projection.error_of,
         projection=projection.method,
     )
-    if config.max_error is not None and projection.error > config.max_error:
-        layer.reason = (
-            f"relative error {projection.error:.3f} exceeds max_error = {config.max_error}"
-        )
+    layer.reason = config.why_too_lossy(projection.error)
+    if layer.reason is not None:
         layer.row = replace(row, reason=layer.reason)
         return
     trained = layer.weight.requires_grad

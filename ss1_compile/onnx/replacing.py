@@ -156,8 +156,8 @@ def _replace(
         error_of=projection.error_of,
         projection=projection.method,
     )
-    if config.max_error is not None and projection.error > config.max_error:
-        reason = f"relative error {projection.error:.3f} exceeds max_error = {config.max_error}"
+    reason = config.why_too_lossy(projection.error)
+    if reason is not None:
         return replace(row, reason=reason)
     _put_node(model, layer, structure, projection)
     return row_of(row, layer, structure)
