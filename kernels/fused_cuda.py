@@ -6,6 +6,7 @@ of no power of two, no Triton) the operators are composed of PyTorch functions.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ss1_compile.kernels import cuda, fused_portable, lowering
 from ss1_compile.kernels.launch import device_of
+from ss1_compile.kernels.layout import is_rotation
 
 
 @cache
@@ -56,6 +58,17 @@ def norm_sketch(
     return results
 
 
+def activation_suits_sketch(learned: bool, activation: str, gated: bool) -> bool:
+    """Whether the fused kernel beats one kernel for the activation and one for the sketch.
+
+    On one NVIDIA H200 (bf16, c = 4, 16384 x 4096 and 8192 x 14336), fused against apart in µs.
+    Rotation: gelu 109 and 184 against 159 and 274, others alike. Learned: gelu 137 and 231 against
+    141 and 239; tanh-gelu 145 and 247 against 129 and 217; silu 138 and 234 against 122 and 205;
+    gated silu 161 and 271 against 140 and 241.
+    """
+    return not learned or (activation == "gelu" and not gated)
+
+
 def activation_sketch(
     x: Tensor, gate: Tensor | None, sketch: Tensor, reduced_features: int, activation: str
 ) -> Tensor:
@@ -88,14 +101,8 @@ def _adjacent(parts: Sequence[Tensor | None]) -> Tensor | None:
     return first.as_strided((total, *first.shape[1:]), first.stride())
 
 
-def _in_epilogue(
-    sketched: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    out: Tensor,
-) -> bool:
-    """Whether cuBLASLt's own epilogue is all of it: bias and ReLU, or bias and tanh-GELU.
+def _library_activates(sketched: Tensor, bias: Tensor | None, activation: str) -> bool:
+    """Whether cuBLASLt has an epilogue for bias and activation: ReLU, or tanh-GELU.
 
     Of 16-bit types, for which its tanh is exact enough.
     """
@@ -103,11 +110,21 @@ def _in_epilogue(
         activation in ("relu", "gelu_tanh")
         and sketched.shape[0] == 1
         and bias is not None
-        and residual is None
-        and out.is_cuda
-        and out.is_contiguous()
-        and out.element_size() == 2
+        and sketched.is_cuda
+        and sketched.element_size() == 2
     )
+
+
+def _in_epilogue(
+    sketched: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out: Tensor,
+) -> bool:
+    """Whether the library's own epilogue is all of it."""
+    activates = _library_activates(sketched, bias, activation)
+    return activates and residual is None and out.is_contiguous()
 
 
 def _library_product(
@@ -204,3 +221,73 @@ def matmul(
             added = None if residual is None else residual[:, columns]
             _product(sketched, part, start, added, activation, y[:, columns])
     return y
+
+
+# --- a product and the sketch of the next layer ---------------------------------------------------
+
+
+@cache
+def _joined_kernel() -> ModuleType | None:
+    """The Triton launcher of product, activation and sketch in one, or None."""
+    try:
+        return importlib.import_module("ss1_compile.kernels.triton_gemm_sketch")
+    except ImportError:
+        return None
+
+
+_FEWEST_JOINED_ROWS = 1024
+"""From how many rows one kernel is expected to win."""
+
+
+def _joined_wins(rows: int, z: Tensor, blocks: Tensor) -> bool:
+    """Whether one kernel is expected to beat the product and then the sketch.
+
+    Args:
+        rows: M.
+        z: ``[N, K_c]`` of the product.
+        blocks: ``[1, G, gsize, r]``, which the kernel supports.
+    """
+    return rows >= _FEWEST_JOINED_ROWS
+
+
+def _joins(sketched: Tensor, z: Tensor, sketch: Tensor) -> ModuleType | None:
+    """The one kernel's launcher where it can run this call and is expected to win."""
+    if sketched.shape[0] > 1 or is_rotation(sketch) or sketch.shape[0] > 1:
+        return None
+    kernel = _joined_kernel()
+    if kernel is None or lowering.forced() not in (None, "triton"):
+        return None
+    wins = _joined_wins(sketched.shape[1], z, sketch) and kernel.supported(sketched, z, sketch)
+    return kernel if wins else None
+
+
+def _activates_in_sketch(
+    sketched: Tensor, bias: Tensor | None, activation: str, sketch: Tensor
+) -> bool:
+    """Whether the activation is better done by the sketch's kernel than by the product's."""
+    if activation == "none" or _library_activates(sketched, bias, activation):
+        return False
+    return activation_suits_sketch(not is_rotation(sketch), activation, gated=False)
+
+
+def matmul_sketch(
+    sketched: Tensor,
+    z: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    sketch: Tensor,
+    reduced_features: int,
+) -> Tensor:
+    """The next layer's ``X̃`` of ``act(X̃ zᵀ + b)``: in one kernel where that wins, else in two."""
+    if not sketched.shape[1] or not cuda.has_kernels(sketched.dtype):
+        return fused_portable.matmul_sketch(sketched, z, bias, activation, sketch, reduced_features)
+    joined = _joins(sketched, z, sketch)
+    if joined is not None:
+        with device_of(sketched):
+            further: Tensor = joined.matmul_sketch(sketched, z, bias, sketch, activation)
+            return further
+    if _activates_in_sketch(sketched, bias, activation, sketch):
+        y = matmul(sketched, [z], [bias], None, "none")
+        return activation_sketch(y, None, sketch, reduced_features, activation)
+    y = matmul(sketched, [z], [bias], None, activation)
+    return cuda.sketch(y, sketch, reduced_features)

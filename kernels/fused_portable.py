@@ -89,3 +89,17 @@ def matmul(
         portable.grouped_matmul(sketched, part, start, target)
     y = activate(y, None, activation)
     return y if residual is None else y.add_(residual)
+
+
+def matmul_sketch(
+    sketched: Tensor,
+    z: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    sketch: Tensor,
+    reduced_features: int,
+) -> Tensor:
+    """The next layer's ``X̃`` of ``act(X̃ zᵀ + b)``."""
+    y = matmul(sketched, [z], [bias], None, activation)
+    further: Tensor = torch.ops.ss1.sketch(y, sketch, reduced_features)
+    return further

@@ -303,6 +303,11 @@ def override(name: str | None) -> Iterator[None]:
         _tell()
 
 
+def forced() -> str | None:
+    """The lowering that :func:`override` has put in force here, if any."""
+    return _override.get()
+
+
 _followers: list[Callable[[str | None], object]] = []
 
 

@@ -43,8 +43,13 @@ for _name, _schema in _SCHEMAS.items():
 # compared here is one that may stay symbolic (M is not compared).
 
 
-def check_sketch(op: str, sketch: Tensor, in_features: int, reduced_features: int) -> None:
-    """Raise ``RuntimeError`` in the name of ``ss1::<op>`` unless the sketch fits the sizes."""
+def check_sketch(
+    op: str, sketch: Tensor, in_features: int, reduced_features: int, reads: str = "x"
+) -> None:
+    """Raise ``RuntimeError`` in the name of ``ss1::<op>`` unless the sketch fits the sizes.
+
+    ``reads`` names what is sketched.
+    """
     shape = sketch.shape
     rotation = sketch.dtype == torch.int32
     if len(shape) != (3 if rotation else 4) or not (rotation or sketch.is_floating_point()):
@@ -63,10 +68,11 @@ def check_sketch(op: str, sketch: Tensor, in_features: int, reduced_features: in
             f"{tuple(shape)}"
         )
     size = group_size(sketch, reduced_features)
-    if not (groups - 1) * size < in_features <= groups * size:
+    most, least = groups * size, (groups - 1) * size + 1
+    if not least <= in_features <= most:
         raise RuntimeError(
-            f"ss1::{op}: a sketch of {groups} groups of {size} features takes "
-            f"{(groups - 1) * size + 1} to {groups * size} input features, x has {in_features}"
+            f"ss1::{op}: a sketch of {groups} groups of {size} features takes {least} to {most} "
+            f"input features, {reads} has {in_features}"
         )
 
 

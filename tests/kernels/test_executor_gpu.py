@@ -72,6 +72,11 @@ def calls(kind, rows, dtype):
         ops.matmul,
         lambda: (fresh(*sketched), list(together.split(128)), [None] * 3, None, "none"),
     )
+    for activation in ("gelu", "gelu_tanh", "silu"):
+        yield (
+            ops.matmul_sketch,
+            lambda act=activation: (fresh(*sketched), z[:256], bias[:256], act, sketch, reduced),
+        )
 
 
 def in_python(op, operands):

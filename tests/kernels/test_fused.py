@@ -152,6 +152,29 @@ def test_matmul_is_the_product_with_its_epilogue(
     assert_near(y, matmul_reference(sketched, z, bias, residual, activation))
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(0, 6),
+    st.tuples(st.integers(1, 40), st.integers(1, 3)),
+    st.integers(3, 70).filter(lambda n: n != 4),  # J = 3 would leave a block of N = 4 empty
+    st.integers(1, 3),
+    st.sampled_from(["rotation", "learned"]),
+    st.sampled_from([*ACTIVATIONS]),
+    st.booleans(),
+)
+def test_matmul_sketch_is_the_sketch_of_the_product(
+    rows, first, features, hashes, kind, activation, has_bias
+):
+    reduced, first_hashes = first
+    sketch = make_sketch(kind, features, hashes)  # groups of 48: the last one is mostly ragged
+    sketched = torch.randn(first_hashes, rows, reduced, dtype=torch.float64)
+    z = torch.randn(features, reduced, dtype=torch.float64)
+    bias = optional(has_bias, features)
+    further = OPS.matmul_sketch(sketched, z, bias, activation, sketch, reduced_of(sketch))
+    value = matmul_reference(sketched, [z], [bias], None, activation)
+    assert_near(further, sketch_reference(value, sketch, reduced_of(sketch)))
+
+
 @both_kinds
 def test_the_three_in_a_row_are_a_block_of_dense_layers(kind):
     """``x + W2·gelu(W1·LN(x) + b1) + b2`` through the materialised weights."""
@@ -167,7 +190,10 @@ def test_the_three_in_a_row_are_a_block_of_dense_layers(kind):
         OPS.activation_sketch(h, None, sketch2, z2.shape[1], "gelu"), [z2], [b2], x, "none"
     )
     dense = reference.linear(norm_reference(x, weight, bias, False), sketch1, z1, b1)
-    assert_near(y, x + reference.linear(ACTIVATIONS["gelu"](dense), sketch2, z2, b2))
+    expected = x + reference.linear(ACTIVATIONS["gelu"](dense), sketch2, z2, b2)
+    assert_near(y, expected)
+    further = OPS.matmul_sketch(sketched, z1, b1, "gelu", sketch2, z2.shape[1])
+    assert_near(OPS.matmul(further, [z2], [b2], x, "none"), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -190,6 +216,10 @@ def test_every_dtype(kind, dtype):
     z = [torch.randn(10, reduced, dtype=dtype), torch.randn(5, reduced, dtype=dtype)]
     y = OPS.matmul(sketched, z, [None, bias[:5]], x[:, :15], "gelu")
     assert_near(y, matmul_reference(sketched, z, [None, bias[:5]], x[:, :15], "gelu"))
+    wide = torch.randn(100, reduced, dtype=dtype)
+    further = OPS.matmul_sketch(sketched, wide, bias, "gelu_tanh", sketch, reduced)
+    value = matmul_reference(sketched, [wide], [bias], None, "gelu_tanh")
+    assert_near(further, sketch_reference(value, sketch, reduced))
 
 
 @both_kinds
@@ -209,6 +239,8 @@ def test_opcheck(kind, full):
     y = torch.randn(5, 14) if full else None
     args = (sketched, [z, z + 1], [torch.randn(7), None], y, "relu")
     torch.library.opcheck(OPS.matmul.default, args, test_utils=checks)
+    args = (sketched, torch.randn(45, reduced), vector, "silu", sketch, reduced)
+    torch.library.opcheck(OPS.matmul_sketch.default, args, test_utils=checks)
 
 
 def test_compiled_with_dynamic_rows_is_one_graph():
@@ -225,7 +257,9 @@ def test_compiled_with_dynamic_rows_is_one_graph():
         sketched, summed, _ = OPS.norm_sketch(x, x, None, None, sketch, reduced, EPS, True, False)
         h = OPS.matmul(sketched, [z], [None], None, "none")
         return OPS.matmul(
-            OPS.activation_sketch(h, h, sketch, reduced, "silu"), [z], [None], summed, "none"
+            OPS.activation_sketch(h, h, sketch, reduced, "silu")
+            + OPS.matmul_sketch(sketched, z, None, "relu", sketch, reduced),
+            *([z], [None], summed, "none"),
         )
 
     compiled = torch.compile(block, backend=backend, dynamic=True)
@@ -270,6 +304,19 @@ def matmul_arguments(**changes):
         "bias": [torch.randn(7)],
         "residual": torch.randn(5, 7),
         "activation": "gelu",
+    }
+    return {**arguments, **changes}
+
+
+def matmul_sketch_arguments(**changes):
+    sketch = make_sketch("rotation", 45, 2)
+    arguments = {
+        "sketched": torch.randn(2, 5, 24),
+        "z": torch.randn(45, 24),
+        "bias": torch.randn(45),
+        "activation": "gelu",
+        "sketch": sketch,
+        "reduced_features": reduced_of(sketch),
     }
     return {**arguments, **changes}
 
@@ -331,6 +378,42 @@ wrong = {
         matmul_arguments(residual=torch.randn(5, 1)),
     ),
     "ss1::matmul: no activation": (OPS.matmul, matmul_arguments(activation="selu")),
+    "ss1::matmul_sketch: sketched must be a floating [J, M, K_c]": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(sketched=torch.randn(5, 24)),
+    ),
+    "ss1::matmul_sketch: z must be torch.float32 [N, 24], got torch.float32 (45, 23)": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(z=torch.randn(45, 23)),
+    ),
+    "ss1::matmul_sketch: z must be torch.float32 [N, 24], got torch.float64": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(z=torch.randn(45, 24).double()),
+    ),
+    "2 column blocks leave some empty at N = 1 of z": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(z=torch.randn(1, 24), bias=None),
+    ),
+    "bias must be torch.float32 [45], got torch.float32 (44,)": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(bias=torch.randn(44)),
+    ),
+    "ss1::matmul_sketch: no activation 'elu'": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(activation="elu"),
+    ),
+    "1 groups of 48 features takes 1 to 48 input features, the product has 49": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(z=torch.randn(49, 24), bias=None),
+    ),
+    "17 reduced features do not fit a sketch of shape (1, 1, 48, 16)": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(sketch=torch.randn(1, 1, 48, 16), reduced_features=17),
+    ),
+    "sketched is torch.float32 but the learned sketch is torch.float16": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(sketch=torch.randn(1, 1, 48, 16).half()),
+    ),
 }
 
 
@@ -349,6 +432,7 @@ def test_wrong_operands_are_named(message):
         (OPS.norm_sketch, norm_arguments(), "weight"),
         (OPS.activation_sketch, activation_arguments(), "gate"),
         (OPS.matmul, matmul_arguments(), "z"),
+        (OPS.matmul_sketch, matmul_sketch_arguments(), "bias"),
     ],
 )
 def test_a_wanted_gradient_is_refused_and_not_lost(op, arguments, name):

@@ -7,6 +7,7 @@ from triton_support import DTYPES, ON_GPU, assert_close, randn, random_code
 from ss1_compile.kernels import (  # isort: skip
     fused_cuda,
     fused_portable,
+    lowering,
     portable,
     triton_activation,
     triton_gemm,
@@ -137,6 +138,71 @@ def test_matmul(rows, hashes, dtype):
                     assert_close(y, expected, factor=2)
 
 
+@pytest.mark.parametrize(
+    "kinds", [("learned", "learned"), ("rotation", "learned"), ("rotation",) * 2]
+)
+@pytest.mark.parametrize("activation", [*triton_gemm.ACTIVATIONS] if ON_GPU else ["gelu", "silu"])
+@pytest.mark.parametrize("rows", [1, 70, 2000] if ON_GPU else [1, 70])
+def test_matmul_sketch(rows, activation, kinds):
+    """Whichever of product and sketch takes the activation; the sketch's last group is ragged."""
+    dtype, features, reduced = torch.float16, 110, 40
+    hashes = 1 if kinds[0] == "learned" else 2
+    code, further = make_sketch(kinds[1], features, hashes, 3, 16, dtype)
+    sketched, z = randn(hashes, rows, reduced, dtype=dtype), randn(features, reduced, dtype=dtype)
+    for bias in (None, randn(features, dtype=dtype)):
+        actual = fused_cuda.matmul_sketch(sketched, z, bias, activation, code, further)
+        assert actual.is_contiguous()
+        start = None if bias is None else bias.double()
+        y = fused_portable.matmul(sketched.double(), [z.double()], [start], None, activation)
+        assert_close(actual, sketch_reference(y, code, further), factor=4)
+
+
+class _Joined:
+    """A launcher that notes its calls, in place of the kernel for product and sketch together."""
+
+    def __init__(self, suits=True):
+        self.suits, self.calls = suits, 0
+
+    def supported(self, sketched, z, blocks):
+        assert (blocks.dim(), blocks.shape[0], sketched.shape[0]) == (4, 1, 1)
+        return self.suits
+
+    def matmul_sketch(self, sketched, z, bias, blocks, activation):
+        self.calls += 1
+        reduced = blocks.shape[1] * blocks.shape[3]
+        return fused_portable.matmul_sketch(sketched, z, bias, activation, blocks, reduced)
+
+
+@pytest.mark.parametrize(
+    ("change", "runs"),
+    [
+        ("none", True),
+        ("first rotation", False),
+        ("second rotation", False),
+        ("two hashes", False),
+        ("few rows", False),
+        ("unsupported", False),
+        ("library wanted", False),
+        ("triton wanted", True),
+    ],
+)
+def test_when_product_and_sketch_run_as_one_kernel(change, runs, monkeypatch):
+    kernel = _Joined(suits=change != "unsupported")
+    monkeypatch.setattr(fused_cuda, "_joined_kernel", lambda: kernel)
+    monkeypatch.setattr(fused_cuda, "_FEWEST_JOINED_ROWS", 8)
+    second = 2 if change == "two hashes" else 1
+    kind = "rotation" if change == "second rotation" else "learned"
+    code, reduced = make_sketch(kind, 96, second, 3, 16, torch.float16)
+    first = 2 if change == "first rotation" else 1
+    sketched = randn(first, 7 if change == "few rows" else 8, 40, dtype=torch.float16)
+    z, bias = randn(96, 40, dtype=torch.float16), randn(96, dtype=torch.float16)
+    with lowering.override(change.split()[0] if "wanted" in change else None):
+        actual = fused_cuda.matmul_sketch(sketched, z, bias, "gelu", code, reduced)
+    assert kernel.calls == runs
+    y = fused_portable.matmul(sketched.double(), [z.double()], [bias.double()], None, "gelu")
+    assert_close(actual, sketch_reference(y, code, reduced), factor=4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
@@ -166,3 +232,6 @@ def test_no_rows():
     assert out.shape == (2, 0, reduced)
     y = fused_cuda.matmul(out, [randn(10, reduced, dtype=torch.float16)], [None], None, "none")
     assert y.shape == (0, 10)
+    wide = randn(100, reduced, dtype=torch.float16)
+    further = fused_cuda.matmul_sketch(out, wide, None, "gelu", code, reduced)
+    assert further.shape == (2, 0, reduced)
