@@ -9,9 +9,11 @@ import torch
 from torch import fx
 
 from ss1_compile.passes.frozen import example
+from ss1_compile.passes.matching import Reader
 from ss1_compile.passes.order import Order, written
 
 _aten = torch.ops.aten
+_ss1 = torch.ops.ss1
 
 
 class Emit:
@@ -70,3 +72,23 @@ def erase_unused(nodes: Iterable[fx.Node], replaced: Collection[fx.Node] = ()) -
         inputs = node.all_input_nodes
         node.graph.erase_node(node)
         pending.extend(inputs)
+
+
+# --- what sketches ------------------------------------------------------------------------------
+
+
+def leading_sizes(reader: Reader, order: Order, *sources: fx.Node | None) -> list[Any] | None:
+    """The sizes that :func:`feed` needs; ``None`` if one of them cannot be spelt."""
+    return [] if reader.linear is None else order.leading_sizes(reader.x, sources)
+
+
+def feed(emit: Emit, reader: Reader, sketched: fx.Node, sizes: list[Any]) -> None:
+    """Let whatever used the reader use ``sketched``; the reader is erased."""
+    if reader.linear is None:
+        replace(reader.node, sketched)
+    else:
+        y = emit(
+            _ss1.matmul.default, sketched, [reader.linear.z], [reader.linear.bias], None, "none"
+        )
+        replace(reader.node, emit.restore(y, sizes))
+    reader.node.graph.erase_node(reader.node)

@@ -5,6 +5,8 @@
 ``fuse_activations``  activations and gated activations in front of a sketch
 ``fuse_epilogues``    bias, activation and residual behind a product
 ``fuse_norms``        norms in front of a sketch, with the addition that is still in front of them
+``join_products``     a product and the sketch that alone reads it: last, as it takes the activation
+                      from whichever of the two has it
 ====================  ============================================================================
 
 An addition goes to the product that makes one of its operands rather than to the norm behind it:
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from ss1_compile.passes.epilogue import fuse_epilogues
+from ss1_compile.passes.join import join_products
 from ss1_compile.passes.matching import PassResult, linears
 from ss1_compile.passes.producers import fuse_activations, fuse_norms
 from ss1_compile.passes.share import share_sketches
@@ -48,8 +51,9 @@ def fuse(
         fuse_activations,
         fuse_epilogues,
         fuse_norms,
+        join_products,
     )
-    names = ("share_sketches", "fuse_activations", "fuse_epilogues", "fuse_norms")
+    names = ("share_sketches", "fuse_activations", "fuse_epilogues", "fuse_norms", "join_products")
     results: list[PassResult] = []
     for name, run in zip(names, passes, strict=True):
         with trace(name) if trace else nullcontext({}) as did:

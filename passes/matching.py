@@ -131,16 +131,20 @@ def linears(graph: fx.Graph) -> list[Linear]:
     return [found for found in map(as_linear, graph.nodes) if found is not None]
 
 
+def as_reader(node: fx.Node) -> Reader | None:
+    """``node`` as something that sketches an input of known shape; ``None`` for others."""
+    if node.target is _ss1.sketch.default and isinstance(example(node.args[0]), Tensor):
+        x, sketch, reduced_features = cast(tuple[fx.Node, fx.Node, int], node.args)
+        return Reader(node, x, sketch, reduced_features, None)
+    linear = as_linear(node)
+    if linear is None:
+        return None
+    return Reader(node, linear.x, linear.sketch, linear.reduced_features, linear)
+
+
 def readers(graph: fx.Graph) -> list[Reader]:
     """Every node that sketches an input of known shape, in order."""
-    found = []
-    for node in graph.nodes:
-        if node.target is _ss1.sketch.default and isinstance(example(node.args[0]), Tensor):
-            x, sketch, reduced_features = cast(tuple[fx.Node, fx.Node, int], node.args)
-            found.append(Reader(node, x, sketch, reduced_features, None))
-        elif (linear := as_linear(node)) is not None:
-            found.append(Reader(node, linear.x, linear.sketch, linear.reduced_features, linear))
-    return found
+    return [found for found in map(as_reader, graph.nodes) if found is not None]
 
 
 def matmul_weights(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ss1_compile.kernels.fused_cuda import activation_suits_sketch
 from ss1_compile.passes.activations import Activation, find_activation
-from ss1_compile.passes.emit import Emit, erase_unused, replace
+from ss1_compile.passes.emit import Emit, erase_unused, feed, leading_sizes, replace
 from ss1_compile.passes.frozen import example
 from ss1_compile.passes.matching import PassResult, Reader, only_user, readers, row_path, same_form
 from ss1_compile.passes.norms import Norm, find_norm
@@ -53,7 +52,7 @@ def fuse_activations(graph: fx.Graph) -> PassResult:
         start = min(activation.nodes, key=order.index.__getitem__)
         if not same_form(x, path[-1]) or not order.may_move(read, start, reader.node):
             continue
-        sizes = _leading_sizes(reader, order, x)
+        sizes = leading_sizes(reader, order, x)
         if sizes is None:
             continue
         emit = Emit(order, reader.node)
@@ -68,7 +67,7 @@ def fuse_activations(graph: fx.Graph) -> PassResult:
             reader.reduced_features,
             activation.name,
         )
-        _feed(emit, reader, sketched, sizes)
+        feed(emit, reader, sketched, sizes)
         erase_unused(path, replaced=activation.nodes)
         result.add(activation.name if gate is None else f"gated {activation.name}", *layers)
     return result
@@ -125,7 +124,7 @@ def _fuse_norm(
     x, residual = (norm.x, None) if added is None else added.operands
     wanted = [norm.node] if keep_norm else []
     wanted += [] if added is None else added.outside
-    sizes = _leading_sizes(reader, order, x)
+    sizes = leading_sizes(reader, order, x)
     shapes = {node: order.leading_sizes(node, [x, residual]) for node in wanted}
     if sizes is None or None in shapes.values():
         return
@@ -147,7 +146,7 @@ def _fuse_norm(
         rows = emit(operator.getitem, outputs, 2 if node is norm.node else 1)
         inside = () if node is norm.node or added is None else {*added.path, *norm.nodes}
         replace(node, emit.restore(rows, shapes[node] or []), but=inside)
-    _feed(Emit(order, reader.node), reader, sketched, sizes)
+    feed(Emit(order, reader.node), reader, sketched, sizes)
     summed = () if added is None else added.path
     erase_unused([*summed, *path], replaced=summed)
     result.add("norm" if added is None else "residual + norm", *layers)
@@ -182,23 +181,3 @@ def _addition(norm: Norm, order: Order) -> _Addition | None:
     if not all(order.precedes([norm.node], user) for user in users):
         return None
     return _Addition(operands, tuple(path), outside)
-
-
-# --- both ---------------------------------------------------------------------------------------
-
-
-def _leading_sizes(reader: Reader, order: Order, *sources: fx.Node | None) -> list[Any] | None:
-    """The sizes that :func:`_feed` needs; ``None`` if one of them cannot be spelt."""
-    return [] if reader.linear is None else order.leading_sizes(reader.x, sources)
-
-
-def _feed(emit: Emit, reader: Reader, sketched: fx.Node, sizes: list[Any]) -> None:
-    """Let whatever used the reader use ``sketched``; the reader is erased."""
-    if reader.linear is None:
-        replace(reader.node, sketched)
-    else:
-        y = emit(
-            _ss1.matmul.default, sketched, [reader.linear.z], [reader.linear.bias], None, "none"
-        )
-        replace(reader.node, emit.restore(y, sizes))
-    reader.node.graph.erase_node(reader.node)

@@ -168,6 +168,10 @@ def fuse_graph(
     return Fused(counts, _by_layer(results, names), original, equal)
 
 
+_OF_SEVERAL = ("shared", "joined")
+"""What layers have with one another: a sketch, or a product and the sketch behind it."""
+
+
 def _by_layer(
     results: Sequence[PassResult], names: Mapping[fx.Node, str]
 ) -> dict[str, tuple[str, ...]]:
@@ -178,9 +182,9 @@ def _by_layer(
             layers = list(dict.fromkeys(names[z] for z in fusion.layers))
             for name in layers:
                 what = fusion.what
-                if what == "shared":
+                if what in _OF_SEVERAL:
                     others = [_short(other, name) for other in layers if other != name]
-                    what = f"shared with {', '.join(others)}" if others else "shared"
+                    what = f"{what} with {', '.join(others)}" if others else what
                 found.setdefault(name, {})[what] = None
     return {name: tuple(kinds) for name, kinds in found.items()}
 

@@ -48,8 +48,9 @@ class LayerReport:
         speedup: what that is expected to gain over the dense layer (1 is as fast), from the table
             measured on that GPU, else from a cost model.
         fused: what the compiled graph computes in the layer's kernels: what makes its input
-            (``"norm"``, ``"gated silu"``), what follows it (``"residual"``), and which layers it
-            shares a sketch with (``"shared with k, v"``).
+            (``"norm"``, ``"gated silu"``), what follows it (``"residual"``), which layers it
+            shares a sketch with (``"shared with k, v"``), and which layer's sketch its product is
+            computed with or the other way round (``"joined with down"``).
     """
 
     name: str

@@ -80,18 +80,40 @@ class Decoder(nn.Module):
 MODELS = {f.__name__: f for f in (bert, gpt2, llama, vit, mixer)}
 COUNTS = {
     # the embedding's norm and both of each layer, but the last is the output
-    "bert": {"shared": LAYERS, "norm": 2 * LAYERS, "gelu": LAYERS, "residual": 2 * LAYERS},
-    "gpt2": {"norm": 2 * LAYERS, "gelu_tanh": LAYERS, "residual": 2 * LAYERS},
-    # and the norm in front of the head
+    "bert": {
+        "shared": LAYERS,
+        "norm": 2 * LAYERS,
+        "gelu": LAYERS,
+        "residual": 2 * LAYERS,
+        "joined": LAYERS,
+    },
+    "gpt2": {
+        "norm": 2 * LAYERS,
+        "gelu_tanh": LAYERS,
+        "residual": 2 * LAYERS,
+        "joined": LAYERS,
+    },
+    # and the norm in front of the head; a gated activation reads two products, which stay
     "llama": {
         "shared": 2 * LAYERS,
         "norm": 2 * LAYERS + 1,
         "gated silu": LAYERS,
         "residual": 2 * LAYERS,
     },
-    "vit": {"shared": LAYERS, "norm": 2 * LAYERS, "gelu": LAYERS, "residual": 2 * LAYERS},
+    "vit": {
+        "shared": LAYERS,
+        "norm": 2 * LAYERS,
+        "gelu": LAYERS,
+        "residual": 2 * LAYERS,
+        "joined": LAYERS,
+    },
     # token mixing works on transposed tensors, so that its addition goes to the norm behind it
-    "mixer": {"residual + norm": LAYERS, "gelu": 2 * LAYERS, "residual": LAYERS},
+    "mixer": {
+        "residual + norm": LAYERS,
+        "gelu": 2 * LAYERS,
+        "residual": LAYERS,
+        "joined": 2 * LAYERS,
+    },
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -123,14 +145,16 @@ def assert_same(actual, expected, dtype=torch.float32):
 
 
 def fused_around(report):
-    """What was fused, counted once for each group that shares a sketch."""
+    """What was fused, counted once for each group of layers that shares a sketch or is joined."""
     found = Counter()
     for row in report:
         shared = [what for what in row.fused if what.startswith("shared")]
         group = 1 + len(shared[0].split(",")) if shared else 1
         found["shared"] += bool(shared) / group
         for what in row.fused:
-            if what not in shared:
+            if what.startswith("joined"):
+                found["joined"] += 1 / 2
+            elif what not in shared:
                 found[what] += (1 / group) if "norm" in what else 1
     return {what: round(number) for what, number in found.items() if number}
 

@@ -230,8 +230,11 @@ def test_every_fusion_pass_is_traced(tmp_path):
         "fuse_activations",
         "fuse_epilogues",
         "fuse_norms",
+        "join_products",
         "eager",
     ]
     rows = {row["name"]: row for row in json.loads((folder / "passes.json").read_text())}
     assert rows["fuse_activations"]["did"] == {"relu": 1}
     assert "activation_sketch" in (folder / rows["fuse_activations"]["after"]).read_text()
+    assert rows["join_products"]["did"] == {"joined": 1}
+    assert "matmul_sketch" in (folder / rows["join_products"]["after"]).read_text()
