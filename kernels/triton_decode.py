@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ss1_compile.kernels.launch import Launch, ceil_div, power_of_2
-from ss1_compile.kernels.triton_gemm import ACTIVATIONS
+from ss1_compile.kernels.triton_elementwise import ACTIVATIONS
 
 
 @triton.jit

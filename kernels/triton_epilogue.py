@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ss1_compile.kernels.launch import Launch, ceil_div
-from ss1_compile.kernels.triton_gemm import ACTIVATIONS
+from ss1_compile.kernels.triton_elementwise import ACTIVATIONS
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -21,47 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ss1_compile.kernels.launch import Block, Launch, ceil_div
-
-
-@triton.jit
-def _relu(v):
-    return tl.maximum(v, 0.0)
-
-
-@triton.jit
-def _gelu(v):
-    """``v·Φ(v)`` by Abramowitz & Stegun 26.2.19: within 1e-6 of the exact value.
-
-    ``tl.erf`` branches on every element, which tripled the time of a sketch with gelu in front.
-    """
-    a = tl.abs(v)
-    p = 0.0000380036 + a * (0.0000488906 + a * 0.0000053830)
-    p = 1.0 + a * (0.0498673470 + a * (0.0211410061 + a * (0.0032776263 + a * p)))
-    p = p * p
-    p = p * p
-    p = p * p
-    tail = 0.5 / (p * p)
-    return v * tl.where(v < 0.0, tail, 1.0 - tail)
-
-
-@triton.jit
-def _gelu_tanh(v):
-    # tanh(u) = 2·sigmoid(2u) - 1
-    return v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
-
-
-@triton.jit
-def _silu(v):
-    return v * tl.sigmoid(v)
-
-
-ACTIVATIONS: dict[str, Any] = {
-    "none": None,
-    "relu": _relu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "silu": _silu,
-}
+from ss1_compile.kernels.triton_elementwise import activation_for
 
 
 @triton.jit
@@ -201,7 +161,7 @@ def _plan(
     y_stride: int,
     y_aligned: bool,
     residual_stride: int | None,
-    activation: str,
+    activation: Any,
     tile: tuple[int, int, int, int] | None,
     block_k: int,
     programs: int,
@@ -209,7 +169,7 @@ def _plan(
 ) -> Launch:
     block_n = ceil_div(out_features, hashes)
     tile_m, tile_n, warps, stages = tile or default_tile(block_n, reduced)
-    if activation != "none" or residual_stride is not None:
+    if activation is not None or residual_stride is not None:
         # with four warps the epilogue's values spill; the residual's tile takes a stage's room
         warps, stages = 8, min(stages, 3)
     # a TMA store cannot stop at a column block's end, only at y's
@@ -230,7 +190,7 @@ def _plan(
         "PROGRAMS": programs,
         "HALVES": halves,
         "TMA_OUT": tma_out,
-        "ACT": ACTIVATIONS[activation],
+        "ACT": activation,
         "PDL": pdl,
     }
     return Launch(
@@ -263,7 +223,7 @@ def grouped_matmul(
         sketched: contiguous ``[J, M, K_c]``, float16 or bfloat16; see :func:`supported`.
         z: ``[N, K_c]``, unit column stride; column block j is rows ``j·ceil(N/J) …``.
         bias: ``[N]`` or None.
-        activation: a key of ``ACTIVATIONS``.
+        activation: a key of :data:`.triton_elementwise.ACTIVATIONS`.
         residual: ``[M, N]`` with unit column stride, or None.
         out: ``[M, N]`` to write to, with unit column stride.
         tile: overrides :func:`default_tile`.
@@ -278,7 +238,7 @@ def grouped_matmul(
     plan = _plan(
         *(hashes, rows, reduced, out_features, z.stride(0), y.stride(0), y.data_ptr() % 16 == 0),
         None if residual is None else residual.stride(0),
-        *(activation, tile, block_k, _processors(y.device), pdl),
+        *(activation_for(activation, y.dtype), tile, block_k, _processors(y.device), pdl),
     )
     plan(sketched, z, y if plan.constants["TMA_OUT"] else None, y, bias, residual)
     return y

@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ss1_compile.kernels.triton_gemm import ACTIVATIONS, _processors
+from ss1_compile.kernels.triton_elementwise import activation_for
+from ss1_compile.kernels.triton_gemm import _processors
 
 
 @triton.jit
@@ -194,7 +195,7 @@ def grouped_matmul(
         scale: contiguous float32 ``[N, 1]``.
         bias: ``[N]`` or None.
         dtype: of y.
-        activation: a key of ``triton_gemm.ACTIVATIONS``.
+        activation: a key of :data:`.triton_elementwise.ACTIVATIONS`.
         residual: ``[M, N]`` with unit column stride, or None.
         out: ``[M, N]`` to write to, with unit column stride.
         tile: overrides :func:`default_tile`.
@@ -235,7 +236,7 @@ def grouped_matmul(
         PROGRAMS=programs,
         HALVES=halves,
         TMA_OUT=tma_out,
-        ACT=ACTIVATIONS[activation],
+        ACT=activation_for(activation, dtype),
         INTEGER=z.dtype == torch.int8,
         PDL=pdl,
         num_warps=warps,

@@ -23,6 +23,7 @@ from ss1_compile.kernels import (
     triton_decode,
     triton_epilogue,
     triton_gemm,
+    triton_gemm_sketch,
     triton_norm,
     triton_quantized_decode,
     triton_quantized_gemm,
@@ -133,6 +134,12 @@ def launch_fused():
         triton_activation.activation_sketch(x, None, code, 256, "gelu")
         triton_activation.activation_sketch(wide[:, :1024], wide[:, 1024:], code, 256, "silu")
     triton_epilogue.finish(x, vector, x, "gelu")
+    for rows, reduced, size, rank in ((4096, 256, 128, 32), (16, 512, 192, 48)):
+        narrow, blocks = zeros(1, rows, reduced), zeros(1, 16, size, rank)
+        for gate in (None, (zeros(2048, reduced), None)):
+            triton_gemm_sketch.matmul_sketch(
+                narrow, zeros(2048, reduced), zeros(2048), blocks, "gelu", gate=gate
+            )
 
 
 def launch_quantized(dtype):
@@ -170,7 +177,7 @@ def launch_quantized(dtype):
 
 def compile_for(capability, kernel, args, kwargs):
     """The compiled kernel for arguments specialised as at a launch."""
-    options = {k: kwargs[k] for k in ("num_warps", "num_stages") if k in kwargs}
+    options = {k: kwargs[k] for k in ("num_warps", "num_stages", "maxnreg") if k in kwargs}
     kwargs = {k: v for k, v in kwargs.items() if k not in (*options, "launch_pdl")}
     signature, constants, attributes = {}, {}, {}
 

@@ -72,10 +72,13 @@ def calls(kind, rows, dtype):
         ops.matmul,
         lambda: (fresh(*sketched), list(together.split(128)), [None] * 3, None, "none"),
     )
-    for activation in ("gelu", "gelu_tanh", "silu"):
+    half, start = z[:256], bias[:256]
+    for activation, gate in (("gelu", None), ("gelu_tanh", None), ("silu", z[256:])):
         yield (
             ops.matmul_sketch,
-            lambda act=activation: (fresh(*sketched), z[:256], bias[:256], act, sketch, reduced),
+            lambda act=activation, gate=gate: (
+                *(fresh(*sketched), half, start, gate, None, act, sketch, reduced),
+            ),
         )
 
 
@@ -195,10 +198,11 @@ def test_gradients():
         w = z.clone().requires_grad_()
         y = torch.ops.ss1.linear(a, code, w)
         grads = torch.autograd.grad(y.square().sum(), (a, w))
-        b, v = a.detach().double().requires_grad_(), w.detach().double().requires_grad_()
-        expected = torch.autograd.grad(portable.linear(b, code, v, None).square().sum(), (b, v))
+        b, v = (t.detach().cpu().double().requires_grad_() for t in (a, w))
+        y = torch.ops.ss1.linear(b, code.cpu(), v)
+        expected = torch.autograd.grad(y.square().sum(), (b, v))
         for grad, wanted in zip(grads, expected, strict=True):
-            assert (grad.double() - wanted).norm() / wanted.norm() < 5e-5
+            assert (grad.cpu().double() - wanted).norm() / wanted.norm() < 5e-5
 
 
 def test_another_device():

@@ -10,7 +10,7 @@ from ss1_compile.kernels import (  # isort: skip
     lowering,
     portable,
     triton_activation,
-    triton_gemm,
+    triton_elementwise,
     triton_norm,
     triton_norm_rotation,
 )
@@ -74,7 +74,7 @@ def test_norm_sketch(rows, features, c, hashes, block_k, dtype, kind):
 
 @pytest.mark.parametrize("kind", ["rotation", "learned"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", [*triton_gemm.ACTIVATIONS])
+@pytest.mark.parametrize("activation", [*triton_elementwise.ACTIVATIONS])
 @pytest.mark.parametrize("rows", [3, 70])
 def test_activation_sketch_of_slices_of_one_output(rows, activation, dtype, kind):
     features = 120
@@ -138,10 +138,25 @@ def test_matmul(rows, hashes, dtype):
                     assert_close(y, expected, factor=2)
 
 
+def joined_reference(sketched, z, bias, z_gate, gate_bias, activation, code):
+    def product(z, bias, activation):
+        start = None if bias is None else bias.double()
+        return fused_portable.matmul(sketched.double(), [z.double()], [start], None, activation)
+
+    if z_gate is None:
+        y = product(z, bias, activation)
+    else:
+        y = product(z_gate, gate_bias, activation) * product(z, bias, "none")
+    reduced = code.shape[1] * (code.shape[3] if code.dim() == 4 else 16)
+    return sketch_reference(y, code, reduced)
+
+
 @pytest.mark.parametrize(
     "kinds", [("learned", "learned"), ("rotation", "learned"), ("rotation",) * 2]
 )
-@pytest.mark.parametrize("activation", [*triton_gemm.ACTIVATIONS] if ON_GPU else ["gelu", "silu"])
+@pytest.mark.parametrize(
+    "activation", [*triton_elementwise.ACTIVATIONS] if ON_GPU else ["gelu", "silu"]
+)
 @pytest.mark.parametrize("rows", [1, 70, 2000] if ON_GPU else [1, 70])
 def test_matmul_sketch(rows, activation, kinds):
     """Whichever of product and sketch takes the activation; the sketch's last group is ragged."""
@@ -149,12 +164,11 @@ def test_matmul_sketch(rows, activation, kinds):
     hashes = 1 if kinds[0] == "learned" else 2
     code, further = make_sketch(kinds[1], features, hashes, 3, 16, dtype)
     sketched, z = randn(hashes, rows, reduced, dtype=dtype), randn(features, reduced, dtype=dtype)
-    for bias in (None, randn(features, dtype=dtype)):
-        actual = fused_cuda.matmul_sketch(sketched, z, bias, activation, code, further)
+    bias = randn(features, dtype=dtype)
+    for operands in ((z, None, None, None), (z, bias, None, None), (z, bias, z.flip(0), None)):
+        actual = fused_cuda.matmul_sketch(sketched, *operands, activation, code, further)
         assert actual.is_contiguous()
-        start = None if bias is None else bias.double()
-        y = fused_portable.matmul(sketched.double(), [z.double()], [start], None, activation)
-        assert_close(actual, sketch_reference(y, code, further), factor=4)
+        assert_close(actual, joined_reference(sketched, *operands, activation, code), factor=4)
 
 
 class _Joined:
@@ -167,10 +181,10 @@ class _Joined:
         assert (blocks.dim(), blocks.shape[0], sketched.shape[0]) == (4, 1, 1)
         return self.suits
 
-    def matmul_sketch(self, sketched, z, bias, blocks, activation):
+    def matmul_sketch(self, sketched, z, bias, blocks, activation, *, gate):
         self.calls += 1
-        reduced = blocks.shape[1] * blocks.shape[3]
-        return fused_portable.matmul_sketch(sketched, z, bias, activation, blocks, reduced)
+        operands = (z, bias, *(gate or (None, None)), activation, blocks)
+        return fused_portable.matmul_sketch(sketched, *operands, blocks.shape[1] * blocks.shape[3])
 
 
 @pytest.mark.parametrize(
@@ -186,7 +200,8 @@ class _Joined:
         ("triton wanted", True),
     ],
 )
-def test_when_product_and_sketch_run_as_one_kernel(change, runs, monkeypatch):
+@pytest.mark.parametrize("gated", [False, True])
+def test_when_product_and_sketch_run_as_one_kernel(change, runs, gated, monkeypatch):
     kernel = _Joined(suits=change != "unsupported")
     monkeypatch.setattr(fused_cuda, "_joined_kernel", lambda: kernel)
     monkeypatch.setattr(fused_cuda, "_FEWEST_JOINED_ROWS", 8)
@@ -197,10 +212,10 @@ def test_when_product_and_sketch_run_as_one_kernel(change, runs, monkeypatch):
     sketched = randn(first, 7 if change == "few rows" else 8, 40, dtype=torch.float16)
     z, bias = randn(96, 40, dtype=torch.float16), randn(96, dtype=torch.float16)
     with lowering.override(change.split()[0] if "wanted" in change else None):
-        actual = fused_cuda.matmul_sketch(sketched, z, bias, "gelu", code, reduced)
+        operands = (z, bias, *((z.flip(0), bias.flip(0)) if gated else (None, None)))
+        actual = fused_cuda.matmul_sketch(sketched, *operands, "gelu", code, reduced)
     assert kernel.calls == runs
-    y = fused_portable.matmul(sketched.double(), [z.double()], [bias.double()], None, "gelu")
-    assert_close(actual, sketch_reference(y, code, reduced), factor=4)
+    assert_close(actual, joined_reference(sketched, *operands, "gelu", code), factor=4)
 
 
 @pytest.mark.gpu
@@ -233,5 +248,5 @@ def test_no_rows():
     y = fused_cuda.matmul(out, [randn(10, reduced, dtype=torch.float16)], [None], None, "none")
     assert y.shape == (0, 10)
     wide = randn(100, reduced, dtype=torch.float16)
-    further = fused_cuda.matmul_sketch(out, wide, None, "gelu", code, reduced)
+    further = fused_cuda.matmul_sketch(out, wide, *[None] * 3, "gelu", code, reduced)
     assert further.shape == (2, 0, reduced)

@@ -29,7 +29,8 @@ def test_kernels_compile_without_a_gpu(capability):
         assert not kernel["spilled"], kernel
         assert kernel["shared"] <= SHARED_BYTES[capability], kernel
         name = kernel["kernel"]
-        if name in ("_permute_kernel", "_block_kernel", "_stream_kernel", "_gemm_kernel"):
+        products = ("_gemm_kernel", "_gemm_sketch_kernel")
+        if name in ("_permute_kernel", "_block_kernel", "_stream_kernel", *products):
             assert kernel["tensor_cores"], kernel
             assert kernel["copies_16_bytes"], kernel
         if name in ("_permute_kernel", "_block_kernel", "_gather_kernel", "_stream_kernel"):
