@@ -17,137 +17,14 @@ import argparse
 import copy
 import itertools
 import time
-import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import harness
-import quality_baselines as baselines
 import torch
+from quality_methods import METHODS
 from quality_models import MODELS, Subject
 from torch import Tensor, nn
-
-from ss1_compile import SS1Config, SS1Warning, compress
-from ss1_compile.calibration.input_statistics import InputStatistics
-from ss1_compile.calibration.sequential import SequentialCalibration, swap
-from ss1_compile.compression.layers import Layer, find_layers
-from ss1_compile.projection.target import Target
-from ss1_compile.projection.weighing import weighed_rows
-
-ASYMMETRIES = (0.0, 0.5, 1.0)
-DAMPING = 1e-3
-
-
-def ours(
-    options: Mapping[str, Any], model: nn.Module, subject: Subject, c: float, seed: int
-) -> int:
-    """``compress`` with its defaults but ``options``; the number of parameters left."""
-    options = {"exclude": subject.exclude, "sequential": True, **options}
-    if options.get("projection") == "average":
-        options["sequential"] = False
-    else:
-        options["calibration"] = subject.calibration(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SS1Warning)
-        report = compress(model, reduction=c, progress=False, seed=seed, **options)
-    layers = {row.name for row in report.compressed}
-    if layers != set(subject.layers(model)):
-        raise RuntimeError(f"{len(layers)} layers compressed, {subject.count} expected")
-    held = {
-        id(p): p.numel()
-        for name in layers
-        for key, p in model.get_submodule(name).named_parameters()
-        if key != "bias"
-    }
-    return sum(held.values())
-
-
-def baseline(
-    method: baselines.Method | None, model: nn.Module, subject: Subject, c: float, seed: int
-) -> int:
-    """Replace every layer by the dense matrix of ``method``; the parameters that it needs.
-
-    ``None`` stands for the SVD with weighed outputs.
-    """
-    layers = [
-        layer
-        for layer in find_layers(model, SS1Config(reduction=1, exclude=subject.exclude), {})
-        if layer.structure is not None
-    ]
-    data = subject.calibration(seed)
-    left = 0
-    with SequentialCalibration(
-        model, layers, data, paired=True, held_out=True, weigh_outputs=method is None
-    ) as walk:
-        for group in walk.groups(progress=False):
-            for layer, statistics in group:
-                assert statistics is not None
-                layer.replacement = _approximated(method, layer, statistics, c)  # type: ignore[assignment]
-                left += int(layer.weight.numel() / c)
-    for layer in layers:
-        swap(model, layer)
-    return left
-
-
-def _approximated(
-    method: baselines.Method | None, layer: Layer, statistics: InputStatistics, c: float
-) -> nn.Linear:
-    """The layer with ``method``'s matrix, the asymmetry chosen on held-out rows."""
-    w, device = layer.weight.detach().double(), layer.weight.device
-    target = partial(Target.of, centred=layer.bias is not None, device=device)
-    whole = target(statistics)
-    rows = w  # what errors are measured on
-    if method is None:
-        assert statistics.gradients is not None
-        found = weighed_rows([w], [statistics.gradients], whole)
-        rows = w if found is None else found
-    rank = int(w.numel() / (c * sum(w.shape)))
-
-    def approximated(x: Tensor, of: Target, asymmetry: float) -> Tensor:
-        assert of.moment is not None
-        correction = of.correction(DAMPING, layer.name) if asymmetry else None
-        moment = baselines.damped(of.moment, DAMPING)
-
-        def wanted(x: Tensor) -> Tensor:
-            return x if correction is None else x + asymmetry * (x @ correction)
-
-        if method is None:
-            return baselines.weighed_svd(wanted(x), moment, rank, wanted(rows))
-        return method(wanted(x), moment, c)
-
-    part = 0.0
-    if statistics.drift is not None and statistics.held_out is not None:
-        fit, unseen = target(statistics.without_held_out()), target(statistics.held_out)
-        lost = {a: unseen.lost(rows, rows - approximated(rows, fit, a)) for a in ASYMMETRIES}
-        part = min(lost, key=lambda a: lost[a].item())
-    approximation = approximated(w, whole, part)
-    linear = nn.Linear(*reversed(w.shape), layer.bias is not None, device, layer.weight.dtype)
-    linear.weight = nn.Parameter(approximation.to(layer.weight.dtype))
-    if layer.bias is not None:
-        shift = whole.shift(w, w - approximation)
-        assert shift is not None
-        linear.bias = nn.Parameter((layer.bias.double() + shift).to(layer.bias.dtype))
-    return linear
-
-
-Compression = Callable[[nn.Module, Subject, float, int], int]
-
-METHODS: dict[str, Compression] = {
-    "average (SS1's own)": partial(ours, {"projection": "average"}),
-    "magnitude pruning": partial(baseline, baselines.magnitude),
-    "SVD": partial(baseline, baselines.svd),
-    "activation-aware SVD": partial(baseline, baselines.aware_svd),
-    "activation-aware SVD, outputs weighed": partial(baseline, None),
-    "Monarch": partial(baseline, baselines.monarch),
-    "rotation sketch": partial(ours, {"projection": "calibrated"}),
-    "learned sketch": partial(ours, {"projection": "learned"}),
-    "learned sketch, outputs alike": partial(
-        ours, {"projection": "learned", "weigh_outputs": False}
-    ),
-    "learned sketch, one-shot": partial(ours, {"projection": "learned", "sequential": False}),
-    "learned sketch, asymmetry 0": partial(ours, {"projection": "learned", "asymmetry": 0}),
-}
 
 
 def layer_errors(

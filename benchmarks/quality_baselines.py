@@ -8,7 +8,7 @@ for methods that do not look at inputs) and c, and returns a dense ``Ŵ [N, K]``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -44,17 +44,25 @@ def aware_svd(weight: Tensor, moment: Tensor, reduction: float) -> Tensor:
     return result
 
 
-def weighed_svd(weight: Tensor, moment: Tensor, rank: int, rows: Tensor) -> Tensor:
-    """The best matrix of a rank for ``tr(Γ (W - Ŵ) H (W - Ŵ)ᵀ)``, for rows R, ``RᵀR = WᵀΓW``.
+def weighed_svds(
+    weight: Tensor, moment: Tensor, ranks: Iterable[int], rows: Tensor
+) -> list[Tensor]:
+    """The best matrix of each rank for ``tr(Γ (W - Ŵ) H (W - Ŵ)ᵀ)``, for rows R, ``RᵀR = WᵀΓW``.
 
     ``Ŵ = W L V Vᵀ L⁻¹`` with the leading right singular vectors V of ``R L`` (Fisher-weighted SVD,
     ICLR 2022, with the whole Γ and for the inputs' H).
     """
     factor = torch.linalg.cholesky(moment)
-    v = torch.linalg.svd(rows @ factor, full_matrices=False)[2][:rank]
-    truncated = weight @ factor @ v.T @ v
-    result: Tensor = torch.linalg.solve_triangular(factor, truncated, upper=False, left=False)
-    return result
+    wide, vectors = weight @ factor, torch.linalg.svd(rows @ factor, full_matrices=False)[2]
+    truncated = [wide @ v.T @ v for v in (vectors[:rank] for rank in ranks)]
+    return [
+        torch.linalg.solve_triangular(factor, each, upper=False, left=False) for each in truncated
+    ]
+
+
+def weighed_svd(weight: Tensor, moment: Tensor, rank: int, rows: Tensor) -> Tensor:
+    """That of one rank."""
+    return weighed_svds(weight, moment, [rank], rows)[0]
 
 
 def monarch(weight: Tensor, moment: Tensor, reduction: float) -> Tensor:

@@ -43,6 +43,10 @@ class Subject(Protocol):
     def tokens(self, seed: int) -> int:
         """Their tokens, padding not counted."""
 
+    @property
+    def output(self) -> Callable[[nn.Module, Batch], Tensor] | None:
+        """What of the model's results a plan is to keep, ``[rows, features]``; else the logits."""
+
     def unpadded_evaluation(self) -> Iterator[Batch]:
         """Evaluation batches in which every token counts."""
 
@@ -94,6 +98,11 @@ class MiniLM:
         """See :class:`Subject`."""
         return int(sum(b["attention_mask"].sum() for b in self.calibration(seed)))
 
+    @property
+    def output(self) -> Callable[[nn.Module, Batch], Tensor]:
+        """The embeddings."""
+        return lambda model, batch: embed(model, [batch])
+
     def unpadded_evaluation(self) -> Iterator[Batch]:
         """Bodies of the full 128 tokens, a third of them: the errors vary little."""
         for batch in self._batches(self._bodies[::3]):
@@ -131,6 +140,7 @@ class SmolLM2:
     name = "SmolLM2-135M, blocks 2-27"
     count = 26 * 7
     reductions: tuple[float, ...] = (2,)
+    output = None
     window = 256
     evaluated = 64
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,11 @@ class DinoV2:
     def tokens(self, seed: int) -> int:
         """See :class:`quality_models.Subject`."""
         return self.documents * self.tokens_per_image
+
+    @property
+    def output(self) -> Callable[[nn.Module, Batch], Tensor]:
+        """What the probe reads: the class token behind the last norm."""
+        return lambda model, batch: model(**batch).pooler_output
 
     def unpadded_evaluation(self) -> Iterator[Batch]:
         """A quarter of the test images."""
