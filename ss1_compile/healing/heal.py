@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ss1_compile.config import reject_unknown_keys
-from ss1_compile.errors import CalibrationError, ConfigError, TrainingError
+from ss1_compile.errors import CalibrationError, ConfigError, SS1Warning, TrainingError
 from ss1_compile.evaluation import Evaluation, Output
 from ss1_compile.experts import SS1ExpertLinear
+from ss1_compile.healing.compiled import compiled
 from ss1_compile.healing.config import HealConfig, Healing
 from ss1_compile.healing.loss import Distillation
 from ss1_compile.healing.prepare import make_accelerator, precision_of, prepared, to_device
@@ -91,7 +93,7 @@ def heal(
             "block_steps needs a ModuleList or Sequential with SS1 layers in several members, "
             "which this model has not; use block_steps=0"
         )
-    run = _Run(model, config, batches, loss_of, evaluation, directory)
+    run = _Run((model, teacher), config, batches, loss_of, evaluation, directory)
     with prepared(model, teacher, config) as trained:
         run.train(trained, progress)
     return run.result
@@ -124,65 +126,104 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
+        models: tuple[nn.Module, nn.Module],
         config: HealConfig,
         batches: list[Any],
         loss_of: Distillation,
         evaluation: Evaluation | None,
         directory: str | Path | None,
     ) -> None:
-        self.model, self.config, self.batches = model, config, batches
+        self.models, self.model = models, models[0]
+        self.config, self.batches = config, batches
         self.loss_of, self.evaluation = loss_of, evaluation
         self.directory = None if directory is None else Path(directory)
-        self.precision = precision_of(model, config)
-        self.sixteen = any(p.element_size() == 2 for p in model.parameters())
+        self.precision = precision_of(self.model, config)
+        self.sixteen = any(p.element_size() == 2 for p in self.model.parameters())
         self.result = Healing(metric=None if evaluation is None else evaluation.name)
 
     def train(self, trained: dict[str, nn.Parameter], progress: bool) -> None:
         """All steps that are still to be done."""
         config = self.config
         total = config.block_steps + config.steps
-        optimizer = torch.optim.AdamW(
-            trained.values(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
-        )
         device = next(self.model.parameters()).device
-        with make_accelerator(self.precision, device) as accelerator:
+        optimizer = torch.optim.AdamW(
+            trained.values(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+            fused=device.type == "cuda" or None,
+        )
+        with ExitStack() as stack:
+            accelerator = stack.enter_context(make_accelerator(self.precision, device))
             self._resume(trained, optimizer)
             result = self.result
             result.trained = sum(p.numel() for p in trained.values())
             if result.steps == 0:
                 self._evaluate("blocks" if config.block_steps else "model", accelerator)
+            if config.compile and result.steps < total:
+                stack.enter_context(self._compiled(trained, accelerator))
             losses: list[Tensor] = []
-            with _bar(progress) as bar:
-                task = bar.add_task("healing", total=total, completed=result.steps, loss="")
-                for step in range(result.steps, total):
-                    started = time.perf_counter()
-                    phase = "blocks" if step < config.block_steps else "model"
-                    for group in optimizer.param_groups:
-                        group["lr"] = config.learning_rate * _rate(step, config)
-                    batch = to_device(self.batches[self._at(step)], device)
-                    with accelerator.autocast():
-                        blocks = phase == "blocks"
-                        compute = self.loss_of.block_by_block if blocks else self.loss_of.end_to_end
-                        loss = compute(batch)
-                    accelerator.backward(loss)
-                    accelerator.clip_grad_norm_(list(trained.values()), config.clip)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    losses.append(loss.detach())
-                    result.steps = step + 1
-                    result.seconds += time.perf_counter() - started
-                    last = result.steps in (total, config.block_steps)
-                    if len(losses) == 10 or last:
-                        self._note(phase, losses)
-                        bar.update(task, loss=f"loss {result.curve[-1]['loss']:.4g}")
-                        losses = []
-                    every = config.evaluate_every
-                    if last or (every and result.steps % every == 0):
-                        self._evaluate(phase, accelerator)
-                    if self.directory and (last or result.steps % config.save_every == 0):
-                        self._save(trained, optimizer)
-                    bar.update(task, completed=result.steps)
+            bar = stack.enter_context(_bar(progress))
+            task = bar.add_task("healing", total=total, completed=result.steps, loss="")
+            for step in range(result.steps, total):
+                started = time.perf_counter()
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * _rate(step, config)
+                losses.append(self._gradients(step, accelerator))
+                accelerator.clip_grad_norm_(list(trained.values()), config.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                result.steps = step + 1
+                result.seconds += time.perf_counter() - started
+                phase = self._phase(step)
+                last = result.steps in (total, config.block_steps)
+                if len(losses) == 10 or last:
+                    self._note(phase, losses)
+                    bar.update(task, loss=f"loss {result.curve[-1]['loss']:.4g}")
+                    losses = []
+                every = config.evaluate_every
+                if last or (every and result.steps % every == 0):
+                    self._evaluate(phase, accelerator)
+                if self.directory and (last or result.steps % config.save_every == 0):
+                    self._save(trained, optimizer)
+                bar.update(task, completed=result.steps)
+
+    def _phase(self, step: int) -> str:
+        return "blocks" if step < self.config.block_steps else "model"
+
+    def _gradients(self, step: int, accelerator: Any) -> Tensor:
+        """The loss of the step's batch, whose gradients are added to the parameters'."""
+        batch = to_device(self.batches[self._at(step)], accelerator.device)
+        blocks = self._phase(step) == "blocks"
+        with accelerator.autocast():
+            loss = (self.loss_of.block_by_block if blocks else self.loss_of.end_to_end)(batch)
+        accelerator.backward(loss)
+        return loss.detach()
+
+    def _compiled(self, trained: Mapping[str, nn.Parameter], accelerator: Any) -> ExitStack:
+        """Compile, try it on the first batch of each phase that is to come, undo it if it fails."""
+        started = time.perf_counter()
+        config, done = self.config, self.result.steps
+        first = [done] if done >= config.block_steps else [done, config.block_steps]
+        with ExitStack() as stack:
+            stack.enter_context(compiled(self.models, self.loss_of))
+            try:
+                for step in first:
+                    if step < config.block_steps + config.steps:
+                        self._gradients(step, accelerator)
+            except Exception as error:
+                # whatever a compiler fails with; what is no fault of its own comes again without it
+                stack.close()
+                reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+                warnings.warn(
+                    f"healing runs without torch.compile, several times as slowly: {reason}",
+                    SS1Warning,
+                    stacklevel=4,
+                )
+            for parameter in trained.values():
+                parameter.grad = None
+            self.result.seconds += time.perf_counter() - started
+            return stack.pop_all()
 
     def _at(self, step: int) -> int:
         """The batch of a step: all batches in a new order each time through."""

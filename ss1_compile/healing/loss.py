@@ -16,9 +16,18 @@ from ss1_compile.experts import SS1ExpertLinear
 from ss1_compile.modules import SS1Linear
 
 
-def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """``‖student - teacher‖² / ‖teacher‖²`` of rows ``[M, features]``, float32."""
+def relative_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``‖student - teacher‖² / ‖teacher‖²`` over all features, float32.
+
+    Args:
+        student: ``[..., features]``.
+        teacher: likewise.
+        mask: bool ``[...]``, of the rows that count; ``None`` means all.
+    """
     a, b = student.float(), teacher.float()
+    if mask is not None:
+        # not a[mask], whose size the host would wait for
+        a, b = (torch.where(mask.unsqueeze(-1), t, 0.0) for t in (a, b))
     return (a - b).square().sum() / b.square().sum().clamp(min=1e-20)
 
 
@@ -34,6 +43,39 @@ def output_loss(student: Tensor, teacher: Tensor, logits: bool) -> Tensor:
             a.log_softmax(-1), b.log_softmax(-1), reduction="batchmean", log_target=True
         )
     return (1 - F.cosine_similarity(a, b, dim=-1)).mean() + relative_error(a, b)
+
+
+def distance(
+    got: Tensor,
+    wanted: Tensor,
+    logits: bool,
+    made: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    weight: float,
+) -> Tensor:
+    """:func:`output_loss` plus ``weight`` times the mean :func:`relative_error` of hidden states.
+
+    Args:
+        got: the student's output rows ``[M, features]``.
+        wanted: the teacher's.
+        logits: whether they are.
+        made: the student's hidden states; none leaves them out.
+        dense: the teacher's.
+        masks: of each hidden state.
+        weight: of the hidden states.
+    """
+    loss = output_loss(got, wanted, logits)
+    return loss + weight * mean_error(made, dense, masks) if made else loss
+
+
+def mean_error(
+    made: Sequence[Tensor], dense: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> Tensor:
+    """The mean :func:`relative_error` of some hidden states."""
+    return torch.stack(
+        [relative_error(a, b, mask) for a, b, mask in zip(made, dense, masks, strict=True)]
+    ).mean()
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -133,6 +175,11 @@ class Distillation:
         teacher: the dense model, in eval mode.
         hidden_weight: of the mean relative squared error of the blocks' outputs.
         output: see :func:`ss1_compile.evaluation.outputs`.
+
+    Attributes:
+        blocks: names of the blocks whose hidden states are compared.
+        distance: :func:`distance`, or its compiled form.
+        mean_error: :func:`mean_error`, or its compiled form.
     """
 
     def __init__(
@@ -142,6 +189,7 @@ class Distillation:
         self._weight, self._output = hidden_weight, output
         modules = dict(teacher.named_modules())
         self.blocks = [name for name in blocks_of(student) if name in modules]
+        self.distance, self.mean_error = distance, mean_error
 
     def end_to_end(self, batch: Any) -> Tensor:
         """Loss of the outputs, plus the weighted one of the hidden states."""
@@ -151,10 +199,7 @@ class Distillation:
             wanted, logits = outputs(self._teacher, batch, self._output)
         with made.watch(self._student, names):
             got, _ = outputs(self._student, batch, self._output)
-        loss = output_loss(got, wanted, logits)
-        if names:
-            loss = loss + self._weight * self._hidden(made.after, dense.after, batch)
-        return loss
+        return self.distance(got, wanted, logits, *_pairs(made, dense, batch), self._weight)
 
     def block_by_block(self, batch: Any) -> Tensor:
         """Mean relative squared error of the blocks, each on the *dense* model's hidden state.
@@ -166,16 +211,19 @@ class Distillation:
             outputs(self._teacher, batch, self._output)
         with made.watch(self._student, self.blocks, replace=dense.before):
             outputs(self._student, batch, self._output)
-        return self._hidden(made.after, dense.after, batch)
+        return self.mean_error(*_pairs(made, dense, batch))
 
-    def _hidden(
-        self, made: Mapping[str, Tensor], dense: Mapping[str, Tensor], batch: Any
-    ) -> Tensor:
-        mask = attention_mask(batch)
-        errors = []
-        for name, wanted in dense.items():
-            got = made[name]
-            if mask is not None and wanted.dim() > 2 and wanted.shape[:2] == mask.shape:
-                got, wanted = got[mask.to(got.device)], wanted[mask.to(wanted.device)]
-            errors.append(relative_error(got.flatten(0, -2), wanted.flatten(0, -2)))
-        return torch.stack(errors).mean()
+
+def _pairs(
+    made: Hidden, dense: Hidden, batch: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+    """Hidden states of both models, and the mask of those that have the batch's tokens."""
+    mask, wanted = attention_mask(batch), list(dense.after.values())
+
+    def mask_of(hidden: Tensor) -> Tensor | None:
+        if mask is None or hidden.dim() < 3 or hidden.shape[:2] != mask.shape:
+            return None
+        return mask.to(hidden.device)
+
+    ours = [made.after[name] for name in dense.after]
+    return ours, wanted, [mask_of(hidden) for hidden in wanted]

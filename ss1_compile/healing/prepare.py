@@ -42,8 +42,11 @@ def prepared(
     dtypes = {name: p.dtype for name, p in parameters.items()}
     modes = [(m, m.training) for one in (model, teacher) for m in one.modules()]
     trained = {n: p for n, p in parameters.items() if config.train == "all" or _is_small(model, n)}
+    caching = _caching(model, teacher)
     switched = False
     try:
+        for one in caching:
+            one.use_cache = False
         for name, p in parameters.items():
             p.requires_grad_(name in trained)
             if p.dtype in (torch.float16, torch.bfloat16):
@@ -57,12 +60,21 @@ def prepared(
     finally:
         if switched:
             model.gradient_checkpointing_disable()  # type: ignore[operator]
+        for one in caching:
+            one.use_cache = True
         for module, mode in modes:
             module.training = mode
         for name, p in parameters.items():
             p.grad = None
             p.data = p.data.to(dtypes[name])
             p.requires_grad_(wished[name])
+
+
+def _caching(*models: nn.Module) -> list[Any]:
+    """The configurations by which models fill a cache of keys and values, which nothing reads."""
+    modules = (module for model in models for module in model.modules())
+    configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
+    return [c for c in configs.values() if getattr(c, "use_cache", None) is True]
 
 
 def _switch_checkpointing(model: nn.Module) -> None:
@@ -115,7 +127,10 @@ def make_accelerator(precision: Precision, device: torch.device) -> Iterator[Any
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with all of its tensors on ``device``."""
-    from accelerate.utils import send_to_device
+    """The batch with all of its tensors on ``device``; the host does not wait for CUDA."""
+    from accelerate.utils import recursively_apply, send_to_device
 
-    return send_to_device(batch, device)
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        batch = recursively_apply(lambda t: t if t.is_cuda else t.pin_memory(), batch)
+    return send_to_device(batch, device, non_blocking=on_cuda)

@@ -95,6 +95,8 @@ def read_state(
             if len(moments) == len(_MOMENTS):
                 # Laid out and aligned as the optimiser's own, which rounds no differently then
                 like = {m: torch.zeros_like(parameter) for m in _MOMENTS[1:]}
-                like["step"] = torch.zeros_like(moments["step"])
+                fused = optimizer.defaults.get("fused")
+                at = parameter.device if fused else moments["step"].device
+                like["step"] = torch.zeros_like(moments["step"], device=at)
                 optimizer.state[parameter] = {m: like[m].copy_(moments[m]) for m in _MOMENTS}
     return found

@@ -246,3 +246,131 @@ def test_bad_input_is_named(case):
             copy.deepcopy(model), teacher, [b * float("nan") for b in batches], steps=2,
             progress=False,
         )  # fmt: skip
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    return transformers.BertModel(config, add_pooling_layer=False).eval()
+
+
+def masked_batches():
+    lengths = torch.tensor([9, 4, 6])
+    masks = [torch.arange(t) < lengths[:, None] for t in (9, 9, 12, 10)]
+    return [{"input_ids": torch.randint(50, m.shape), "attention_mask": m} for m in masks]
+
+
+def test_padding_does_not_count():
+    teacher = bert()
+    model = copy.deepcopy(teacher)
+    (batch, *_), width = masked_batches(), 32
+    ss1_compile.compress(
+        model, calibration=[batch], reduction=2, warn_error=10.0, projection="learned",
+        progress=False,
+    )  # fmt: skip
+    loss = Distillation(model, teacher, 0.7, None).end_to_end(batch)
+    keep = batch["attention_mask"]
+    with torch.no_grad():
+        batch["output_hidden_states"] = True
+        mine, dense = (one(**batch).hidden_states[1:] for one in (model, teacher))
+    errors = []
+    for a, b in zip(mine, dense, strict=True):
+        a, b = (t.double()[keep].reshape(-1, width) for t in (a, b))
+        errors.append((a - b).square().sum() / b.square().sum())
+    wanted = output_loss(mine[-1][keep], dense[-1][keep], False) + 0.7 * torch.stack(errors).mean()
+    torch.testing.assert_close(loss.double(), wanted.double(), rtol=1e-4, atol=1e-6)
+
+
+def compile_with_little(monkeypatch):
+    """Let ``torch.compile`` leave out the slow compiler; what it was called on."""
+    real, functions = torch.compile, []
+
+    def compile_little(function, **options):
+        functions.append(function)
+        return real(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_little)
+    return functions
+
+
+def test_compiled_steps_are_those_of_the_eager_model(case, monkeypatch):
+    functions = compile_with_little(monkeypatch)
+    options = {"steps": 4, "block_steps": 2}
+    model, first = heal(case, **options)
+    assert not functions
+    twin, second = heal(case, compile=True, **options)
+    assert len(functions) == 2 * 2 + 2  # the blocks of both models, and two losses
+    assert second.figures == pytest.approx(first.figures, abs=1e-5)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    for module in (*twin.modules(), *case[1].modules()):
+        assert "forward" not in vars(module)
+
+
+@pytest.mark.slow
+def test_compiled_steps_of_a_transformer_with_padding_and_checkpointing(monkeypatch):
+    compile_with_little(monkeypatch)
+    teacher = bert()
+    model = copy.deepcopy(teacher)
+    batches = masked_batches()
+    ss1_compile.compress(
+        model, calibration=batches, reduction=2, warn_error=10.0, projection="learned",
+        progress=False,
+    )  # fmt: skip
+    options = {"steps": 3, "gradient_checkpointing": True, "progress": False}
+    twin = copy.deepcopy(model)
+    ss1_compile.heal(model, teacher, batches, **options)
+    ss1_compile.heal(twin, teacher, batches, compile=True, **options)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_steps_compiled_for_real(case):
+    options = {"steps": 4}
+    model, _ = heal(case, **options)
+    twin, _ = heal(case, compile=True, **options)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_a_compiler_that_fails_is_done_without(case, monkeypatch):
+    def broken(function, **options):
+        def fail(*args, **kwargs):
+            raise RuntimeError("no C compiler\nfound")
+
+        return fail
+
+    eager, _ = heal(case, steps=3)
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(ss1_compile.SS1Warning, match="without torch.compile.*no C compiler$"):
+        model, result = heal(case, steps=3, compile=True)
+    assert result.steps == 3
+    for a, b in zip(eager.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_cache_of_keys_and_values_is_filled():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    teacher = transformers.LlamaForCausalLM(config).eval()
+    model = copy.deepcopy(teacher)
+    batches = [{"input_ids": torch.randint(40, (2, 8))} for _ in range(2)]
+    ss1_compile.compress(
+        model, calibration=batches, reduction=2, warn_error=10.0, exclude=("lm_head",),
+        progress=False, projection="learned",
+    )  # fmt: skip
+    seen = []
+    for one in (model, teacher):
+        one.register_forward_hook(lambda module, args, result: seen.append(result.past_key_values))
+    ss1_compile.heal(model, teacher, batches, steps=2, progress=False)
+    assert seen == [None] * 4
+    assert model.config.use_cache
+    assert teacher.config.use_cache

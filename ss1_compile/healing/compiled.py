@@ -1,0 +1,46 @@
+"""Run blocks and loss compiled while a model is healed.
+
+Every block by itself, not the whole model: blocks of one form share their code, so that compiling
+takes as long for thirty of them as for one, and the hooks that watch hidden states stay outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ss1_compile.healing.loss import Distillation, distance, mean_error
+
+_FORMS = 1024
+
+
+@contextmanager
+def compiled(models: Sequence[nn.Module], loss_of: Distillation) -> Iterator[None]:
+    """``torch.compile`` the blocks' forward passes and the loss, until the context is closed.
+
+    A model without repeated blocks is compiled as a whole.
+
+    Args:
+        models: that have the blocks of ``loss_of``.
+        loss_of: what is minimised.
+    """
+    # Dynamo gives up after eight forms of a function, and planned blocks differ in their sizes
+    limits = {"recompile_limit": _FORMS, "accumulated_recompile_limit": _FORMS}
+    blocks = [model.get_submodule(name) for model in models for name in loss_of.blocks or [""]]
+    forwards = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
+        loss_of.distance = torch.compile(distance)
+        loss_of.mean_error = torch.compile(mean_error)
+        with torch._dynamo.config.patch(**limits):
+            yield
+    finally:
+        loss_of.distance, loss_of.mean_error = distance, mean_error
+        for block, forward in zip(blocks, forwards, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
