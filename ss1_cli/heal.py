@@ -10,7 +10,6 @@ import typer
 from ss1_cli.common import (
     BatchSize,
     Compressed,
-    Data,
     Device,
     DryRun,
     GroupSizeOfZ,
@@ -32,7 +31,11 @@ def heal(
     model: Model,
     compressed: Compressed,
     out_dir: Annotated[Path, typer.Argument(help="Where the healed model goes.")],
-    data: Data,
+    data: OptionalData = None,
+    sampled: Annotated[
+        int,
+        typer.Option(min=0, help="Texts that the dense language model samples, beside --data."),
+    ] = 0,
     held_out: OptionalData = None,
     metric: Annotated[str, typer.Option(help="cosine or perplexity, of --held-out.")] = "cosine",
     steps: Annotated[int, typer.Option(min=0, help="End-to-end steps.")] = 400,
@@ -43,6 +46,9 @@ def heal(
     ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute activations: less memory.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile; pays on CUDA.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the batches.")] = 0,
     samples: Samples = 8192,
@@ -60,16 +66,20 @@ def heal(
 
         import ss1_compile
         from ss1_compile.data_files import load_batches
+        from ss1_compile.errors import ConfigError
         from ss1_compile.healing.heal import check_trainable
         from ss1_compile.model_sources import check_target, load_compressed, load_model
         from ss1_compile.serialization.checkpoint import read_config
 
+        if data is None and not sampled:
+            raise ConfigError("there is nothing to heal with; give --data or --sampled, or both")
         sizes = {"samples": samples, "batch_size": batch_size, "max_tokens": max_tokens}
         config = ss1_compile.HealConfig(
             steps=steps,
             block_steps=block_steps,
             learning_rate=learning_rate,
             gradient_checkpointing=checkpointing,
+            compile=compile,
             seed=seed,
             evaluate_every=0 if held_out is None else max(1, (steps + block_steps) // 8),
         )
@@ -84,14 +94,21 @@ def heal(
             dense = loaded.model
             student = load_compressed(compressed, loaded)
             check_trainable(student)
-            batches = load_batches(data, loaded, **sizes)
+            batches = [] if data is None else load_batches(data, loaded, **sizes)
             unseen = None if held_out is None else load_batches(held_out, loaded, **sizes)
         if dry_run:
+            texts = f" and {sampled} texts that it samples" if sampled else ""
             out(
                 f"dry run: would train {steps + block_steps} steps of {batch_size} on "
-                f"{len(batches)} batches; nothing was written"
+                f"{len(batches)} batches{texts}; nothing was written"
             )
             return
+        if sampled:
+            with waiting(f"sampling {sampled} texts of {max_tokens} tokens"):
+                own = ss1_compile.sample_texts(
+                    dense, sampled, max_tokens, batch=batch_size, seed=seed
+                )
+            batches = [*batches, *own]
         result = ss1_compile.heal(
             student, dense, batches, config, held_out=unseen, metric=metric, directory=state
         )

@@ -4,7 +4,8 @@
 * ``torch.compile(model, backend="ss1")`` rewrites the captured graph and leaves the model alone;
 * :func:`compile` does both; :func:`calibrate` collects the input statistics that either uses;
 * :func:`plan` chooses the reduction of every layer for a budget or a quality;
-* :func:`heal` distils the dense model into the compressed one;
+* :func:`heal` distils the dense model into the compressed one, on text of its own
+  (:func:`sample_texts`) where a language model has no other;
 * :func:`compare` shows, layer by layer, where the accuracy went;
 * :func:`quantize` quantises a compressed model; :func:`sensitivity` shows what that costs, layer by
   layer, next to SS1;
@@ -38,6 +39,7 @@ from ss1_compile.errors import (
 from ss1_compile.export import compress_exported
 from ss1_compile.healing.config import HealConfig, Healing
 from ss1_compile.healing.heal import heal
+from ss1_compile.healing.sampling import sample_texts
 from ss1_compile.learned import LearnedStructure
 from ss1_compile.modules import SS1Linear
 from ss1_compile.planning.planner import plan
@@ -96,6 +98,7 @@ __all__ = [
     "plan",
     "project",
     "quantize",
+    "sample_texts",
     "save",
     "sensitivity",
 ]

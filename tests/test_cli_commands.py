@@ -112,6 +112,30 @@ def test_from_plan_to_healed_model(factory):
     assert all(0 < row["least_ms"] <= row["median_ms"] for row in times.values())
 
 
+@pytest.mark.filterwarnings("ignore:.*projected layers lose more:ss1_compile.SS1Warning")
+def test_a_language_model_is_healed_without_data(factory):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    dense = transformers.LlamaForCausalLM(config)
+    dense.save_pretrained("llama")
+    result = run("compress", "llama", "small", "-c", 2, "--projection", "average")
+    assert result.exit_code == 0, result.output
+    heal = ("heal", "llama", "small", "healed", "--steps", 4, "--max-tokens", 9, "--batch-size", 3)
+    result = run(*heal, "--sampled", 7, "--dry-run")
+    assert "0 batches and 7 texts that it samples" in result.stdout
+    result = run(*heal, "--sampled", 7)
+    assert result.exit_code == 0, result.output
+    before, after = (load_file(factory / d / "model.safetensors") for d in ("small", "healed"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert_fails(run(*heal), "ConfigError", "--data or --sampled")
+    small = run("compress", "net:make", "net", "-c", 2, "--projection", "average")
+    assert small.exit_code == 0, small.output
+    assert_fails(run("heal", "net:make", "net", "x", "--sampled", 7), "ConfigError", "sample")
+
+
 def quantizations(directory):
     layers = read_config(directory).layers
     return {name: layer.quantization for name, layer in layers.items()}
