@@ -39,7 +39,7 @@ def _device_name(device: torch.device) -> str:
 
 
 @lru_cache
-def _has_tma(device: torch.device) -> bool:
+def has_tma(device: torch.device) -> bool:
     """Without TMA the Triton GEMM spills (on sm_80, to a stack of 232 bytes)."""
     return device.type != "cuda" or bool(torch.cuda.get_device_capability(device)[0] >= 9)
 
@@ -111,7 +111,7 @@ def describe(
 
 def _suits_tma(z: Tensor, width: int) -> bool:
     return (
-        _has_tma(z.device)
+        has_tma(z.device)
         and z.dtype != torch.float32
         and z.shape[1] % 8 == 0
         and z.stride(0) % 8 == 0

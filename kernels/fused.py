@@ -4,7 +4,8 @@
 ``norm_sketch``         ``s = x + residual``; ``X̃`` of ``LayerNorm(s)`` or ``RMSNorm(s)``
 ``activation_sketch``   ``X̃`` of ``act(x)``, or of ``act(gate)·x``
 ``matmul``              ``y [M, ΣN] = act(X̃ zᵀ + b) + residual`` for linears that share ``X̃``
-``matmul_sketch``       the next layer's ``X̃`` of ``act(X̃ zᵀ + b)``, which need not be written
+``matmul_sketch``       the next layer's ``X̃`` of ``act(X̃ zᵀ + b)``, or of
+                        ``act(X̃ z_gateᵀ + b_gate)·(X̃ zᵀ + b)``, which need not be written
 ======================  ==========================================================================
 
 They are what the fusion passes rewrite to, for inference only: there is no gradient, and an operand
@@ -43,8 +44,8 @@ _SCHEMAS = {
         "(Tensor sketched, Tensor[] z, Tensor?[] bias, Tensor? residual, str activation) -> Tensor"
     ),
     "matmul_sketch": (
-        "(Tensor sketched, Tensor z, Tensor? bias, str activation, Tensor sketch, "
-        "SymInt reduced_features) -> Tensor"
+        "(Tensor sketched, Tensor z, Tensor? bias, Tensor? z_gate, Tensor? gate_bias, "
+        "str activation, Tensor sketch, SymInt reduced_features) -> Tensor"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -103,12 +104,16 @@ def _(
     sketched: Tensor,
     z: Tensor,
     bias: Tensor | None,
+    z_gate: Tensor | None,
+    gate_bias: Tensor | None,
     activation: str,
     sketch: Tensor,
     reduced_features: int,
 ) -> Tensor:
-    refuse_gradients("matmul_sketch", sketched, z, bias, sketch)
-    fused_checks.matmul_sketch(sketched, z, bias, activation, sketch, reduced_features)
+    refuse_gradients("matmul_sketch", sketched, z, bias, z_gate, gate_bias, sketch)
+    fused_checks.matmul_sketch(
+        sketched, z, bias, z_gate, gate_bias, activation, sketch, reduced_features
+    )
     return sketched.new_empty(sketch.shape[0], sketched.shape[1], reduced_features)
 
 
@@ -185,15 +190,16 @@ def _register_device(key: str, kernels: Any) -> None:
         sketched: Tensor,
         z: Tensor,
         bias: Tensor | None,
+        z_gate: Tensor | None,
+        gate_bias: Tensor | None,
         activation: str,
         sketch: Tensor,
         reduced_features: int,
     ) -> Tensor:
-        refuse_gradients("matmul_sketch", sketched, z, bias, sketch)
-        check_matmul_sketch(sketched, z, bias, activation, sketch, reduced_features)
-        further: Tensor = kernels.matmul_sketch(
-            sketched, z, bias, activation, sketch, reduced_features
-        )
+        operands = (sketched, z, bias, z_gate, gate_bias)
+        refuse_gradients("matmul_sketch", *operands, sketch)
+        check_matmul_sketch(*operands, activation, sketch, reduced_features)
+        further: Tensor = kernels.matmul_sketch(*operands, activation, sketch, reduced_features)
         return further
 
     for function in (norm_sketch, activation_sketch, matmul, matmul_sketch):

@@ -140,6 +140,8 @@ def matmul_sketch(
     sketched: Tensor,
     z: Tensor,
     bias: Tensor | None,
+    z_gate: Tensor | None,
+    gate_bias: Tensor | None,
     activation: str,
     sketch: Tensor,
     reduced_features: int,
@@ -147,6 +149,15 @@ def matmul_sketch(
     """Raise ``RuntimeError`` naming the operand unless they fit; the sketch reads N features."""
     _check_sketched("matmul_sketch", sketched)
     _check_layer("matmul_sketch", sketched, z, bias)
+    if z_gate is not None:
+        _check_layer("matmul_sketch", sketched, z_gate, None, "_gate")
+        _check_vector("matmul_sketch", "gate_bias", gate_bias, z.dtype, z.shape[0])
+        if z_gate.shape != z.shape:
+            raise RuntimeError(
+                f"ss1::matmul_sketch: z_gate must be {list(z.shape)} as z, got {list(z_gate.shape)}"
+            )
+    elif gate_bias is not None:
+        raise RuntimeError("ss1::matmul_sketch: gate_bias is given, but no z_gate")
     _check_activation("matmul_sketch", activation)
     check_sketch("matmul_sketch", sketch, z.shape[0], reduced_features, "the product")
     _check_kind("matmul_sketch", "sketched", sketched, sketch)

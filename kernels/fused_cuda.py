@@ -6,7 +6,6 @@ of no power of two, no Triton) the operators are composed of PyTorch functions.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -227,38 +226,43 @@ def matmul(
 
 
 @cache
-def _joined_kernel() -> ModuleType | None:
-    """The Triton launcher of product, activation and sketch in one, or None."""
-    try:
-        return importlib.import_module("ss1_compile.kernels.triton_gemm_sketch")
-    except ImportError:
-        return None
+def _joined_kernel() -> ModuleType:
+    """The Triton launcher of product, activation and sketch in one."""
+    from ss1_compile.kernels import triton_gemm_sketch
+
+    return triton_gemm_sketch
 
 
 _FEWEST_JOINED_ROWS = 1024
 """From how many rows one kernel is expected to win."""
 
 
-def _joined_wins(rows: int, z: Tensor, blocks: Tensor) -> bool:
+def _joined_wins(rows: int, z: Tensor, blocks: Tensor, gated: bool) -> bool:
     """Whether one kernel is expected to beat the product and then the sketch.
 
     Args:
         rows: M.
         z: ``[N, K_c]`` of the product.
         blocks: ``[1, G, gsize, r]``, which the kernel supports.
+        gated: whether a second product is the first one's gate.
     """
     return rows >= _FEWEST_JOINED_ROWS
 
 
-def _joins(sketched: Tensor, z: Tensor, sketch: Tensor) -> ModuleType | None:
+def _joins(sketched: Tensor, z: Tensor, z_gate: Tensor | None, sketch: Tensor) -> ModuleType | None:
     """The one kernel's launcher where it can run this call and is expected to win."""
     if sketched.shape[0] > 1 or is_rotation(sketch) or sketch.shape[0] > 1:
         return None
-    kernel = _joined_kernel()
-    if kernel is None or lowering.forced() not in (None, "triton"):
+    if lowering.forced() not in (None, "triton"):
         return None
-    wins = _joined_wins(sketched.shape[1], z, sketch) and kernel.supported(sketched, z, sketch)
-    return kernel if wins else None
+    if not cuda.has_tma(z.device) or sketched.data_ptr() % 16:
+        return None
+    kernel = _joined_kernel()
+    if not all(
+        kernel.supported(sketched, each, sketch) for each in (z, z_gate) if each is not None
+    ):
+        return None
+    return kernel if _joined_wins(sketched.shape[1], z, sketch, z_gate is not None) else None
 
 
 def _activates_in_sketch(
@@ -274,18 +278,28 @@ def matmul_sketch(
     sketched: Tensor,
     z: Tensor,
     bias: Tensor | None,
+    z_gate: Tensor | None,
+    gate_bias: Tensor | None,
     activation: str,
     sketch: Tensor,
     reduced_features: int,
 ) -> Tensor:
-    """The next layer's ``X̃`` of ``act(X̃ zᵀ + b)``: in one kernel where that wins, else in two."""
+    """The next layer's ``X̃`` of the product: in one kernel where that wins, else in two."""
     if not sketched.shape[1] or not cuda.has_kernels(sketched.dtype):
-        return fused_portable.matmul_sketch(sketched, z, bias, activation, sketch, reduced_features)
-    joined = _joins(sketched, z, sketch)
+        return fused_portable.matmul_sketch(
+            sketched, z, bias, z_gate, gate_bias, activation, sketch, reduced_features
+        )
+    sketched = sketched.contiguous()
+    joined = _joins(sketched, z, z_gate, sketch)
     if joined is not None:
+        gate = None if z_gate is None else (z_gate, gate_bias)
         with device_of(sketched):
-            further: Tensor = joined.matmul_sketch(sketched, z, bias, sketch, activation)
+            further: Tensor = joined.matmul_sketch(sketched, z, bias, sketch, activation, gate=gate)
             return further
+    if z_gate is not None:
+        both = matmul(sketched, [z_gate, z], [gate_bias, bias], None, "none")
+        values, x = both.split(z.shape[0], dim=1)
+        return activation_sketch(x, values, sketch, reduced_features, activation)
     if _activates_in_sketch(sketched, bias, activation, sketch):
         y = matmul(sketched, [z], [bias], None, "none")
         return activation_sketch(y, None, sketch, reduced_features, activation)

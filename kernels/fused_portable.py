@@ -95,11 +95,18 @@ def matmul_sketch(
     sketched: Tensor,
     z: Tensor,
     bias: Tensor | None,
+    z_gate: Tensor | None,
+    gate_bias: Tensor | None,
     activation: str,
     sketch: Tensor,
     reduced_features: int,
 ) -> Tensor:
-    """The next layer's ``X̃`` of ``act(X̃ zᵀ + b)``."""
-    y = matmul(sketched, [z], [bias], None, activation)
+    """The next layer's ``X̃`` of the product, which may have a gate."""
+    if z_gate is None:
+        y = matmul(sketched, [z], [bias], None, activation)
+    else:
+        both = matmul(sketched, [z_gate, z], [gate_bias, bias], None, "none")
+        gate, y = both.split(z.shape[0], dim=1)
+        y = activate(y, gate, activation)
     further: Tensor = torch.ops.ss1.sketch(y, sketch, reduced_features)
     return further

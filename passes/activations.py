@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ss1_compile.passes.frozen import example
-from ss1_compile.passes.matching import argument, same_form, same_shape
+from ss1_compile.passes.matching import argument, only_user, same_form, same_shape
 from ss1_compile.passes.order import Order
 
 _aten = torch.ops.aten
@@ -85,6 +85,21 @@ def find_activation(node: object, order: Order) -> Activation | None:
     if in_place and not order.dies_at(x, node):
         return None
     return Activation(node, x, name, frozenset({node}))
+
+
+def find_gated(node: fx.Node, order: Order) -> tuple[Activation | None, fx.Node | None]:
+    """``(activation, None)`` if ``node`` is one, ``(activation, x)`` if it is ``act(gate) · x``."""
+    activation = find_activation(node, order)
+    if activation is not None or node.target not in _SAME[operator.mul] or len(node.args) != 2:
+        return activation, None
+    a, b = node.args
+    for inner, x in ((a, b), (b, a)):
+        activation = find_activation(inner, order)
+        if activation is None or not isinstance(x, fx.Node) or x in activation.nodes:
+            continue
+        if only_user(activation.node) is node and same_form(activation.node, x):
+            return activation, x
+    return None, None
 
 
 def _by_value(root: fx.Node, order: Order) -> Activation | None:

@@ -1,13 +1,15 @@
 """Join the product of one layer with the sketch of the next, so that nothing is written between.
 
-    sketch₂(act(matmul(X̃, z, b)))            ->  matmul_sketch(X̃, z, b, act, S₂)
-    sketch₂(act(linear(x, S, z, b)))         ->  matmul_sketch(sketch(x, S), z, b, act, S₂)
-    activation_sketch₂(matmul(X̃, z, b))      ->  matmul_sketch(X̃, z, b, act, S₂)
+    sketch₂(act(matmul(X̃, z, b)))        ->  matmul_sketch(X̃, z, b, act, S₂)
+    sketch₂(act(linear(x, S, z, b)))     ->  matmul_sketch(sketch(x, S), z, b, act, S₂)
+    activation_sketch₂(matmul(X̃, z, b))  ->  matmul_sketch(X̃, z, b, act, S₂)
+    sketch₂(act(g)·u),  [g, u] = matmul(X̃, [z_gate, z])
+                                         ->  matmul_sketch(X̃, z, b, z_gate, b_gate, act, S₂)
 
-as for the two layers of a feed-forward block. ``sketch₂`` is an ``ss1::sketch`` or the one inside
-an ``ss1::linear``; the activation is the product's or the sketch's by now, or there is none, so it
-runs last. Views, copies and idle dropouts may lie between. A product of several layers, one with a
-residual or with another reader stays as it is, and so does a gated activation.
+as for the layers of a feed-forward block. ``sketch₂`` is an ``ss1::sketch`` or the one inside an
+``ss1::linear``; a plain activation is the product's or the sketch's by now, or there is none, so
+it runs last. Views, copies and idle dropouts may lie between. The gated form is for learned
+sketches with J = 1 on both sides. Products with a residual or with another reader stay.
 
 Whether the operator launches one kernel or two is its own choice, by the shapes of the call.
 """
@@ -15,11 +17,14 @@ Whether the operator launches one kernel or two is its own choice, by the shapes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from ss1_compile.passes.activations import find_gated
 from ss1_compile.passes.emit import Emit, erase_unused, feed, leading_sizes
+from ss1_compile.passes.frozen import example
 from ss1_compile.passes.matching import (
     Linear,
     PassResult,
@@ -38,12 +43,15 @@ _ss1 = torch.ops.ss1
 
 @dataclass(frozen=True)
 class _Product:
-    """One layer's product: an ``ss1::matmul``, or the one inside an ``ss1::linear``.
+    """One layer's product, or two layers' of which one is the other's gate.
 
     Attributes:
-        node: makes ``act(X̃ zᵀ + b)``.
+        node: the ``ss1::matmul``, or the ``ss1::linear`` that has one inside.
         read: makes ``X̃``, or ``x`` of a linear.
+        activation: its own, or the gate's.
+        gate: ``(z, bias)`` of the gate.
         linear: what the node is where it is an ``ss1::linear``.
+        replaced: the nodes of the gate's activation.
     """
 
     node: fx.Node
@@ -51,57 +59,72 @@ class _Product:
     z: fx.Node
     bias: fx.Node | None
     activation: str
-    linear: Linear | None
+    gate: tuple[fx.Node | None, fx.Node | None] = (None, None)
+    linear: Linear | None = None
+    replaced: frozenset[fx.Node] = frozenset()
 
     @property
     def moved(self) -> list[fx.Node | None]:
         """What is read where the sketch is; a linear's own sketch stays where it was."""
-        return [self.z, self.bias] if self.linear else [self.read, self.z, self.bias]
+        return [None if self.linear else self.read, self.z, self.bias, *self.gate]
 
 
 def join_products(graph: fx.Graph) -> PassResult:
     """Join products of ``graph`` with the sketch that alone reads them, in place."""
     result, order = PassResult("join_products"), Order(graph)
     for node in list(graph.nodes):
+        if node._erased:
+            continue
         reader, activation = _reader(node)
         if reader is None:
             continue
         path = row_path(reader.x)
-        product = _product(path[-1])
-        if product is None or any(only_user(between) is None for between in path):
+        if any(only_user(between) is None for between in path):
             continue
-        if "none" not in (activation, product.activation):
+        product = _product(path[-1]) or _gated_product(path[-1], reader, order)
+        if product is None or "none" not in (activation, product.activation):
             continue
         sizes = leading_sizes(reader, order, product.read)
         if sizes is None or not order.may_move(product.moved, product.node, node):
             continue
         layers = reader.layers
-        sketched = product.read
-        if product.linear is not None:
-            emit = Emit(order, product.node)
-            x, reduced_features = emit.flatten(product.read), product.linear.reduced_features
-            sketched = emit(_ss1.sketch.default, x, product.linear.sketch, reduced_features)
-        emit = Emit(order, node)
-        further = emit(
-            _ss1.matmul_sketch.default,
-            sketched,
-            product.z,
-            product.bias,
-            activation if product.activation == "none" else product.activation,
-            reader.sketch,
-            reader.reduced_features,
-        )
-        feed(emit, reader, further, sizes)
-        erase_unused(path)
-        result.add("joined", product.z, *layers)
+        _rewrite(reader, product, activation, sizes, order)
+        erase_unused(path, replaced=product.replaced)
+        z_gate, _ = product.gate
+        if z_gate is None:
+            result.add("joined", product.z, *layers)
+        else:
+            result.add(f"gated {product.activation}", *layers)
+            result.add("joined", z_gate, product.z, *layers)
     return result
+
+
+def _rewrite(
+    reader: Reader, product: _Product, activation: str, sizes: list[Any], order: Order
+) -> None:
+    sketched = product.read
+    if product.linear is not None:
+        emit = Emit(order, product.node)
+        x, reduced_features = emit.flatten(product.read), product.linear.reduced_features
+        sketched = emit(_ss1.sketch.default, x, product.linear.sketch, reduced_features)
+    emit = Emit(order, reader.node)
+    further = emit(
+        _ss1.matmul_sketch.default,
+        *(sketched, product.z, product.bias, *product.gate),
+        activation if product.activation == "none" else product.activation,
+        reader.sketch,
+        reader.reduced_features,
+    )
+    feed(emit, reader, further, sizes)
 
 
 def _reader(node: fx.Node) -> tuple[Reader | None, str]:
     """``node`` as something that sketches its input, and what it does to it first."""
     if node.target is not _ss1.activation_sketch.default:
         return as_reader(node), "none"
-    x, gate, sketch, reduced_features, activation = node.args
+    x, gate, sketch, reduced_features, activation = cast(
+        tuple[fx.Node, fx.Node | None, fx.Node, int, str], node.args
+    )
     if gate is not None:
         return None, "none"
     return Reader(node, x, sketch, reduced_features, None), activation
@@ -110,8 +133,45 @@ def _reader(node: fx.Node) -> tuple[Reader | None, str]:
 def _product(node: fx.Node) -> _Product | None:
     linear = as_linear(node)
     if linear is not None:
-        return _Product(node, linear.x, linear.z, linear.bias, "none", linear)
+        return _Product(node, linear.x, linear.z, linear.bias, "none", linear=linear)
     if not is_matmul(node) or len(matmul_weights(node)) != 1:
         return None
-    sketched, (z,), (bias,), residual, activation = node.args
-    return None if residual is not None else _Product(node, sketched, z, bias, activation, None)
+    sketched, (z,), (bias,), residual, activation = cast(Any, node.args)
+    return None if residual is not None else _Product(node, sketched, z, bias, activation)
+
+
+def _gated_product(node: fx.Node, reader: Reader, order: Order) -> _Product | None:
+    """``node`` as ``act(gate) · up`` of the two halves of one product."""
+    if not _is_one_learned(example(reader.sketch)):
+        return None
+    activation, up = find_gated(node, order)
+    if activation is None or up is None or not set(activation.x.users) <= activation.nodes:
+        return None
+    paths = row_path(activation.x), row_path(up)
+    inner = [between for path in paths for between in path if between is not activation.x]
+    if any(only_user(between) is None for between in inner):
+        return None
+    columns = [path[-1] for path in paths]
+    if any(c.target is not torch.ops.aten.slice.Tensor or len(c.args) != 4 for c in columns):
+        return None
+    source = cast(fx.Node, columns[0].args[0])
+    if not is_matmul(source) or set(source.users) != set(columns):
+        return None
+    sketched, z, bias, residual, act = cast(Any, source.args)
+    if len(z) != 2 or residual is not None or act != "none" or example(sketched).shape[0] != 1:
+        return None
+    first, second = (example(part).shape[0] for part in z)
+    places = {(1, 0, first): 0, (1, first, first + second): 1}
+    found = [places.get(cast(Any, column.args[1:])) for column in columns]
+    if first != second or sorted(found, key=str) != [0, 1]:
+        return None
+    gate, other = cast(list[int], found)
+    return _Product(
+        *(source, sketched, z[other], bias[other], activation.name),
+        gate=(z[gate], bias[gate]),
+        replaced=activation.nodes,
+    )
+
+
+def _is_one_learned(sketch: Any) -> bool:
+    return isinstance(sketch, Tensor) and sketch.is_floating_point() and sketch.shape[0] == 1

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from ss1_compile.kernels.fused_cuda import activation_suits_sketch
-from ss1_compile.passes.activations import Activation, find_activation
+from ss1_compile.passes.activations import find_gated
 from ss1_compile.passes.emit import Emit, erase_unused, feed, leading_sizes, replace
 from ss1_compile.passes.frozen import example
 from ss1_compile.passes.matching import PassResult, Reader, only_user, readers, row_path, same_form
@@ -28,7 +28,6 @@ from ss1_compile.passes.norms import Norm, find_norm
 from ss1_compile.passes.order import Order, find_add
 
 _ss1 = torch.ops.ss1
-_MULTIPLY = (operator.mul, torch.mul, torch.multiply, "mul", torch.ops.aten.mul.Tensor)
 
 
 # --- activations --------------------------------------------------------------------------------
@@ -41,7 +40,7 @@ def fuse_activations(graph: fx.Graph) -> PassResult:
         path = row_path(reader.x)
         if any(only_user(node) is None for node in path):
             continue
-        activation, x = _gated(path[-1], order)
+        activation, x = find_gated(path[-1], order)
         if activation is None:
             continue
         gate = None if x is None else activation.x
@@ -77,21 +76,6 @@ def _pays(sketch: fx.Node, activation: str, gated: bool) -> bool:
     value = example(sketch)
     learned = isinstance(value, Tensor) and value.is_floating_point()
     return activation_suits_sketch(learned, activation, gated)
-
-
-def _gated(node: fx.Node, order: Order) -> tuple[Activation | None, fx.Node | None]:
-    """``(activation, None)`` if ``node`` is one, ``(activation, x)`` if it is ``act(gate) · x``."""
-    activation = find_activation(node, order)
-    if activation is not None or node.target not in _MULTIPLY or len(node.args) != 2:
-        return activation, None
-    a, b = node.args
-    for inner, x in ((a, b), (b, a)):
-        activation = find_activation(inner, order)
-        if activation is None or not isinstance(x, fx.Node) or x in activation.nodes:
-            continue
-        if only_user(activation.node) is node and same_form(activation.node, x):
-            return activation, x
-    return None, None
 
 
 # --- norms --------------------------------------------------------------------------------------

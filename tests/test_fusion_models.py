@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import ss1_compile
-from ss1_compile import Report, SS1Warning, fusion
+from ss1_compile import Report, SS1Linear, SS1Warning, fusion
+from ss1_compile.learned import LearnedStructure
+from ss1_compile.modules import put_layer
 from ss1_compile.report import LayerReport
 
 transformers = pytest.importorskip("transformers")
@@ -153,7 +155,7 @@ def fused_around(report):
         found["shared"] += bool(shared) / group
         for what in row.fused:
             if what.startswith("joined"):
-                found["joined"] += 1 / 2
+                found["joined"] += 1 / (1 + len(what.split(",")))
             elif what not in shared:
                 found[what] += (1 / group) if "norm" in what else 1
     return {what: round(number) for what, number in found.items() if number}
@@ -204,6 +206,42 @@ def test_compressed_models_fuse_alike(name):
     options = {"include": (), "allow_empty": True, "report": report}
     assert_same(output(compiled(model, "aot_eager", **options), inputs), expected)
     assert fused_around(report) == COUNTS[name]
+
+
+def learned(model):
+    """Random learned layers; those of one parent and input size share their blocks."""
+    first = {}
+    for name, module in list(model.named_modules()):
+        if "head" in name or not isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D):
+            continue
+        sizes = module.weight.shape
+        n, k = sizes if isinstance(module, nn.Linear) else sizes[::-1]
+        layer = SS1Linear(LearnedStructure(k, n, 16, 8), module.bias is not None)
+        layer.to(module.weight.dtype).eval()
+        shared = first.setdefault((name.rpartition(".")[0], k), layer)
+        layer.sketch.data.copy_(shared.sketch.data)
+        put_layer(model, name, layer)
+    return [name for name, module in model.named_modules() if isinstance(module, SS1Linear)]
+
+
+LEARNED = {
+    "gpt2": {"norm": 4, "gelu_tanh behind": 2, "residual": 4, "joined": 2},
+    "llama": {"shared": 4, "norm": 4, "gated silu": 2, "residual": 4, "joined": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_sketches_are_joined_with_the_products_in_front(name, dtype):
+    model, inputs = make(name, dtype)
+    report = Report([LayerReport(n, "Linear", (1, 1), 1, 1) for n in learned(model)])
+    expected = output(model, inputs)
+    options = {"include": (), "allow_empty": True, "report": report}
+    assert_same(output(compiled(model, **options), inputs), expected, dtype)
+    assert fused_around(report) == LEARNED[name]
+    if name == "llama":
+        row = report["model.layers.0.mlp.down_proj"]
+        assert row.fused == ("residual", "gated silu", "joined with gate_proj, up_proj")
 
 
 def test_dynamic_batch_and_sequence():

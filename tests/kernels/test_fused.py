@@ -160,18 +160,26 @@ def test_matmul_is_the_product_with_its_epilogue(
     st.integers(1, 3),
     st.sampled_from(["rotation", "learned"]),
     st.sampled_from([*ACTIVATIONS]),
-    st.booleans(),
+    st.tuples(*[st.booleans()] * 3),
 )
 def test_matmul_sketch_is_the_sketch_of_the_product(
-    rows, first, features, hashes, kind, activation, has_bias
+    rows, first, features, hashes, kind, activation, options
 ):
     reduced, first_hashes = first
+    has_bias, gated, gate_has_bias = options
     sketch = make_sketch(kind, features, hashes)  # groups of 48: the last one is mostly ragged
     sketched = torch.randn(first_hashes, rows, reduced, dtype=torch.float64)
     z = torch.randn(features, reduced, dtype=torch.float64)
     bias = optional(has_bias, features)
-    further = OPS.matmul_sketch(sketched, z, bias, activation, sketch, reduced_of(sketch))
-    value = matmul_reference(sketched, [z], [bias], None, activation)
+    z_gate = optional(gated, features, reduced)
+    gate_bias = optional(gated and gate_has_bias, features)
+    operands = (sketched, z, bias, z_gate, gate_bias)
+    further = OPS.matmul_sketch(*operands, activation, sketch, reduced_of(sketch))
+    if gated:
+        gate = matmul_reference(sketched, [z_gate], [gate_bias], None, activation)
+        value = gate * matmul_reference(sketched, [z], [bias], None, "none")
+    else:
+        value = matmul_reference(sketched, [z], [bias], None, activation)
     assert_near(further, sketch_reference(value, sketch, reduced_of(sketch)))
 
 
@@ -192,7 +200,7 @@ def test_the_three_in_a_row_are_a_block_of_dense_layers(kind):
     dense = reference.linear(norm_reference(x, weight, bias, False), sketch1, z1, b1)
     expected = x + reference.linear(ACTIVATIONS["gelu"](dense), sketch2, z2, b2)
     assert_near(y, expected)
-    further = OPS.matmul_sketch(sketched, z1, b1, "gelu", sketch2, z2.shape[1])
+    further = OPS.matmul_sketch(sketched, z1, b1, None, None, "gelu", sketch2, z2.shape[1])
     assert_near(OPS.matmul(further, [z2], [b2], x, "none"), expected)
 
 
@@ -217,8 +225,9 @@ def test_every_dtype(kind, dtype):
     y = OPS.matmul(sketched, z, [None, bias[:5]], x[:, :15], "gelu")
     assert_near(y, matmul_reference(sketched, z, [None, bias[:5]], x[:, :15], "gelu"))
     wide = torch.randn(100, reduced, dtype=dtype)
-    further = OPS.matmul_sketch(sketched, wide, bias, "gelu_tanh", sketch, reduced)
-    value = matmul_reference(sketched, [wide], [bias], None, "gelu_tanh")
+    further = OPS.matmul_sketch(sketched, wide, bias, wide + 1, None, "gelu_tanh", sketch, reduced)
+    value = matmul_reference(sketched, [wide + 1], [None], None, "gelu_tanh")
+    value *= matmul_reference(sketched, [wide], [bias], None, "none")
     assert_near(further, sketch_reference(value, sketch, reduced))
 
 
@@ -239,7 +248,8 @@ def test_opcheck(kind, full):
     y = torch.randn(5, 14) if full else None
     args = (sketched, [z, z + 1], [torch.randn(7), None], y, "relu")
     torch.library.opcheck(OPS.matmul.default, args, test_utils=checks)
-    args = (sketched, torch.randn(45, reduced), vector, "silu", sketch, reduced)
+    z = torch.randn(45, reduced)
+    args = (sketched, z, vector, z + 1 if full else None, vector, "silu", sketch, reduced)
     torch.library.opcheck(OPS.matmul_sketch.default, args, test_utils=checks)
 
 
@@ -258,7 +268,7 @@ def test_compiled_with_dynamic_rows_is_one_graph():
         h = OPS.matmul(sketched, [z], [None], None, "none")
         return OPS.matmul(
             OPS.activation_sketch(h, h, sketch, reduced, "silu")
-            + OPS.matmul_sketch(sketched, z, None, "relu", sketch, reduced),
+            + OPS.matmul_sketch(sketched, z, None, z, None, "relu", sketch, reduced),
             *([z], [None], summed, "none"),
         )
 
@@ -314,6 +324,8 @@ def matmul_sketch_arguments(**changes):
         "sketched": torch.randn(2, 5, 24),
         "z": torch.randn(45, 24),
         "bias": torch.randn(45),
+        "z_gate": torch.randn(45, 24),
+        "gate_bias": None,
         "activation": "gelu",
         "sketch": sketch,
         "reduced_features": reduced_of(sketch),
@@ -398,13 +410,29 @@ wrong = {
         OPS.matmul_sketch,
         matmul_sketch_arguments(bias=torch.randn(44)),
     ),
+    "z_gate must be torch.float32 [N, 24], got torch.float16 (45, 24)": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(z_gate=torch.randn(45, 24).half()),
+    ),
+    "z_gate must be [45, 24] as z, got [44, 24]": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(z_gate=torch.randn(44, 24)),
+    ),
+    "gate_bias must be torch.float32 [45], got torch.float32 (1,)": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(gate_bias=torch.randn(1)),
+    ),
+    "gate_bias is given, but no z_gate": (
+        OPS.matmul_sketch,
+        matmul_sketch_arguments(z_gate=None, gate_bias=torch.randn(45)),
+    ),
     "ss1::matmul_sketch: no activation 'elu'": (
         OPS.matmul_sketch,
         matmul_sketch_arguments(activation="elu"),
     ),
     "1 groups of 48 features takes 1 to 48 input features, the product has 49": (
         OPS.matmul_sketch,
-        matmul_sketch_arguments(z=torch.randn(49, 24), bias=None),
+        matmul_sketch_arguments(z=torch.randn(49, 24), bias=None, z_gate=None),
     ),
     "17 reduced features do not fit a sketch of shape (1, 1, 48, 16)": (
         OPS.matmul_sketch,
@@ -432,7 +460,7 @@ def test_wrong_operands_are_named(message):
         (OPS.norm_sketch, norm_arguments(), "weight"),
         (OPS.activation_sketch, activation_arguments(), "gate"),
         (OPS.matmul, matmul_arguments(), "z"),
-        (OPS.matmul_sketch, matmul_sketch_arguments(), "bias"),
+        (OPS.matmul_sketch, matmul_sketch_arguments(), "z_gate"),
     ],
 )
 def test_a_wanted_gradient_is_refused_and_not_lost(op, arguments, name):

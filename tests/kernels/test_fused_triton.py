@@ -218,6 +218,19 @@ def test_when_product_and_sketch_run_as_one_kernel(change, runs, gated, monkeypa
     assert_close(actual, joined_reference(sketched, *operands, "gelu", code), factor=4)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_matmul_sketch_in_one_kernel(gated, monkeypatch):
+    """The true kernel, behind the choice: operands meet in the right places."""
+    monkeypatch.setattr(fused_cuda, "_FEWEST_JOINED_ROWS", 8)
+    monkeypatch.setattr(fused_cuda, "matmul", None)
+    code, reduced = make_sketch("learned", 110, 1, 3, 16, torch.float16)
+    sketched = randn(1, 9, 48, dtype=torch.float16)[..., :40]  # rows are strided
+    z, bias = randn(110, 40, dtype=torch.float16), randn(110, dtype=torch.float16)
+    operands = (z, bias, *((z.flip(0), bias.flip(0)) if gated else (None, None)))
+    actual = fused_cuda.matmul_sketch(sketched, *operands, "silu", code, reduced)
+    assert_close(actual, joined_reference(sketched, *operands, "silu", code), factor=2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
