@@ -113,7 +113,7 @@ def unfused(case: Case, label: str, seconds: float) -> list[dict[str, Any]]:
     variant = next(variant for variant in case.variants if variant.label == label)
     for kind in KINDS:
         model = case.build()
-        swap(model, variant.choose, kind)
+        swap(model, variant.choose, kind, case.inputs())
         found = run(case, model, seconds, True, backend="ss1", options={"fuse": False})
         head = {"model": case.model, "size": case.size, "variant": label}
         rows.append({**head, "kind": kind, **found})

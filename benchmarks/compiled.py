@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ss1_compile import SS1Linear, SS1Structure
 from ss1_compile.compression.settled import settle
@@ -72,38 +72,85 @@ class Case:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def ss1_linear(module: nn.Module, kind: str, c: int) -> SS1Linear:
-    """A randomly initialised SS1 layer of the sizes, dtype and device of a dense one."""
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, or Transformers' with a transposed weight."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """``(N, K)`` of a linear layer."""
     n, k = module.weight.shape
-    if type(module).__name__ == "Conv1D":
-        n, k = k, n
-    structure: SS1Structure | LearnedStructure
-    if kind == "rotation":
-        structure = SS1Structure.create(k, n, c)
-    else:
-        structure = LearnedStructure.create(k, n, c)
-    weight = module.weight
-    layer = SS1Linear(structure, module.bias is not None, device=weight.device, dtype=weight.dtype)
-    return layer.eval().requires_grad_(weight.requires_grad)
+    return (n, k) if isinstance(module, nn.Linear) else (k, n)
 
 
-def swap(model: nn.Module, choose: Choose, kind: str) -> int:
-    """Put SS1 layers in place of the linear layers that ``choose`` names; returns how many."""
-    found = [
-        (name, module)
+def ss1_layers(modules: Sequence[nn.Module], kind: str, c: int) -> list[SS1Linear]:
+    """Randomly initialised SS1 layers in place of linear layers that read the same input.
+
+    As ``compress`` makes them: rotations of the same hash (they follow from the sizes), or one
+    learned sketch for all, whose parameters are paid for by all. ``compress`` also chooses the
+    size of the groups by its fits; here it is the default.
+    """
+    made: list[SS1Linear] = []
+    together = sum(sizes(module)[0] for module in modules)
+    for module in modules:
+        n, k = sizes(module)
+        structure: SS1Structure | LearnedStructure
+        if kind == "rotation":
+            structure = SS1Structure.create(k, n, c)
+        else:
+            structure = replace(LearnedStructure.create(k, together, c), out_features=n)
+        weight = module.weight
+        biased = module.bias is not None
+        layer = SS1Linear(structure, biased, device=weight.device, dtype=weight.dtype)
+        if made and kind == "learned":
+            layer.sketch = made[0].sketch
+        made.append(layer.eval().requires_grad_(weight.requires_grad))
+    return made
+
+
+def by_input(
+    model: nn.Module, layers: Mapping[str, nn.Module], inputs: tuple[Any, ...]
+) -> list[list[str]]:
+    """The names of ``layers`` grouped by the tensor that they read, in one call of the model."""
+    read: dict[str, Tensor] = {}  # kept for the call, so that no two share an id
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, given: read.update({name: given[0]})
+
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    with torch.no_grad():
+        model(*inputs)
+    for handle in handles:
+        handle.remove()
+    groups: dict[int, list[str]] = {}
+    for name in layers:
+        groups.setdefault(id(read.get(name, name)), []).append(name)
+    return list(groups.values())
+
+
+def swap(model: nn.Module, choose: Choose, kind: str, inputs: tuple[Any, ...]) -> int:
+    """Put SS1 layers in place of the linear layers that ``choose`` names; returns how many.
+
+    ``inputs`` are the model's arguments: layers that read the same tensor share a sketch.
+    """
+    chosen = {
+        name: (module, c)
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-    ]
-    count = 0
-    for name, module in found:
-        c = choose(name)
-        if c is not None:
-            put_layer(model, name, ss1_linear(module, kind, c))
-            count += 1
-    if not count:
+        if is_linear(module) and (c := choose(name)) is not None
+    }
+    if not chosen:
         raise ValueError("no linear layer was chosen")
+    for names in by_input(model, {name: module for name, (module, _) in chosen.items()}, inputs):
+        alike: dict[tuple[int, bool], list[str]] = {}
+        for name in names:
+            module, c = chosen[name]
+            alike.setdefault((c, module.bias is None), []).append(name)
+        for (c, _), sharing in alike.items():
+            layers = ss1_layers([chosen[name][0] for name in sharing], kind, c)
+            for name, layer in zip(sharing, layers, strict=True):
+                put_layer(model, name, layer)
     settle(model)  # or the backend would compress blocks that stay dense as a whole
-    return count
+    return len(chosen)
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -234,7 +281,7 @@ def measure(
         for kind in variant.kinds:
             torch.cuda.empty_cache()
             model = case.build()
-            swapped = swap(model, variant.choose, kind)
+            swapped = swap(model, variant.choose, kind, case.inputs())
             profile = variant.label in profiled
             found = run(case, model, seconds, profile, backend="ss1")
             if graphs:
