@@ -13,8 +13,9 @@ from ss1_compile.config import SS1Config
 from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
 from ss1_compile.learned import LearnedStructure
 from ss1_compile.modules import SS1Linear
-from ss1_compile.projection.project import check_finite
+from ss1_compile.projection.project import Projection, check_finite
 from ss1_compile.projection.shared_sketch import SharedSketch, fit_sketch
+from ss1_compile.quantization.balancing import balance
 from ss1_compile.quantization.projection import layer_of, project_layer, report_of
 from ss1_compile.report import tensor_bytes
 
@@ -95,6 +96,11 @@ def _find_shared(members: Sequence[Known], config: SS1Config) -> None:
     )
     for layer in layers:
         layer.structure = shared.structure(layer.matrices)
+    if any(config.quantization_for(layer.name) is not None for layer in layers):
+        plain = [_project(layer, config, statistics, shared, quantized=False) for layer in layers]
+        blocks, _ = balance([p.z for p in plain], shared.blocks, statistics.second_moment)
+        shared = replace(shared, blocks=blocks)
+    for layer in layers:
         _find_replacement(layer, config, statistics, shared)
     replaced = [layer for layer in layers if isinstance(layer.replacement, SS1Linear)]
     for layer in replaced:
@@ -123,18 +129,7 @@ def _find_replacement(
         reason = "the calibration data never reached it"
         layer.row, layer.reason = replace(row, reason=reason), reason
         return
-    projection = project_layer(
-        layer.matrices.detach(),
-        layer.structure,
-        None if layer.bias is None else layer.bias.detach(),
-        quantization=config.quantization_for(layer.name),
-        statistics=statistics,
-        method=config.projection,
-        damping=config.damping if shared is None else shared.damping,
-        asymmetry=config.asymmetry if shared is None else shared.asymmetry,
-        sketch=None if shared is None else shared.blocks,
-        name=layer.name,
-    )
+    projection = _project(layer, config, statistics, shared)
     row = replace(
         row,
         error=projection.error,
@@ -164,4 +159,28 @@ def _find_replacement(
         bytes_after=after,
         reduction=layer.structure.reduction,
         **report_of(projection),
+    )
+
+
+def _project(
+    layer: Layer,
+    config: SS1Config,
+    statistics: InputStatistics | None,
+    shared: SharedSketch | None,
+    *,
+    quantized: bool = True,
+) -> Projection:
+    """The projection of a layer with a structure, its z rounded if that is asked for."""
+    assert layer.structure is not None
+    return project_layer(
+        layer.matrices.detach(),
+        layer.structure,
+        None if layer.bias is None else layer.bias.detach(),
+        quantization=config.quantization_for(layer.name) if quantized else None,
+        statistics=statistics,
+        method=config.projection,
+        damping=config.damping if shared is None else shared.damping,
+        asymmetry=config.asymmetry if shared is None else shared.asymmetry,
+        sketch=None if shared is None else shared.blocks,
+        name=layer.name,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ss1_compile.kernels.quantize import dequantize, quantize_rows
 from ss1_compile.learned import Structure
 from ss1_compile.modules import SS1Linear
 from ss1_compile.projection.project import Projection
+from ss1_compile.quantization.balancing import balance
 from ss1_compile.quantization.rounding import gptq_round
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,7 +55,8 @@ def project_layer(
 ) -> Projection:
     """:func:`~ss1_compile.experts.project_experts`, then quantise z if that is asked for.
 
-    With statistics the bias absorbs the mean error of quantisation too.
+    With statistics the bias absorbs the mean error of quantisation too. A learned sketch is
+    balanced before z is rounded (:mod:`ss1_compile.quantization.balancing`), unless it is given.
 
     Raises:
         ProjectionError: see :func:`~ss1_compile.projection.project.project`.
@@ -69,6 +71,10 @@ def project_layer(
         raise CalibrationError(missing_statistics(name))
     projection = project_experts(weight, structure, bias, **options)
     with torch.autocast(weight.device.type, enabled=False):
+        if structure.kind == "learned" and options.get("sketch") is None:
+            moment = None if statistics is None else statistics.second_moment
+            blocks, (z,) = balance([projection.z], projection.sketch, moment)
+            projection = replace(projection, z=z, sketch=blocks)
         return quantize_projection(projection, structure, quantization, statistics, name)
 
 

@@ -15,6 +15,7 @@ from ss1_compile.config import LayerQuantization, SS1Config
 from ss1_compile.errors import CalibrationError, ConfigError, QuantizationError
 from ss1_compile.experts import SS1ExpertLinear
 from ss1_compile.modules import SS1Linear, put_layer
+from ss1_compile.quantization.balancing import balance
 from ss1_compile.quantization.projection import check_quantizable, quantize_z
 from ss1_compile.report import LayerReport, Report, tensor_bytes
 
@@ -38,8 +39,9 @@ def quantize(
         config: ``quantization``, ``quantization_group_size``, ``rounding``, ``include``,
             ``exclude`` and ``overrides`` are used; or pass them as keywords.
         calibration: batches, as in :func:`ss1_compile.calibrate`, for ``rounding="calibrated"``;
-            with them biases absorb the mean error of rounding, too. Statistics collected on the
-            dense model do not fit: layers behind others read other inputs now.
+            with them biases absorb the mean error of rounding, too, and learned sketches are
+            balanced for these inputs (:mod:`ss1_compile.quantization.balancing`). Statistics
+            collected on the dense model do not fit: layers behind others read other inputs now.
         forward: ``forward(model, batch)`` in place of calling the model.
         **options: fields of :class:`SS1Config`, in place of ``config``.
 
@@ -65,9 +67,14 @@ def quantize(
             f"it first (ss1_compile.compress)"
         )
     statistics: dict[str, InputStatistics] = {}
+    layers = {name: layer for name, (layer, _) in chosen.items()}
     if calibration is not None:
-        statistics = _collect(model, {n: chosen[n][0] for n in chosen}, calibration, forward)
-    made = {n: _quantize(n, *chosen[n], statistics.get(n)) for n in chosen}
+        statistics = _collect(model, layers, calibration, forward)
+    balanced = _balance(model, layers, statistics)
+    made = {
+        n: _quantize(n, *chosen[n], statistics.get(n), *balanced.get(n, (None, None)))
+        for n in chosen
+    }
     for name, (layer, _) in made.items():
         for alias in names[id(chosen[name][0])]:
             put_layer(model, alias, layer)
@@ -138,19 +145,54 @@ def _collect(
     return {name: finished[id(moments[name])] for name in moments}
 
 
+def _balance(
+    model: nn.Module, layers: dict[str, SS1Linear], statistics: dict[str, InputStatistics]
+) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """Balanced learned sketches and the z for them, float64, by name.
+
+    Layers that share a sketch go on sharing one. It stays as it is where a layer that is not among
+    ``layers`` reads it too.
+    """
+    sharing: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        if layer.block_k is None:
+            sharing.setdefault(id(layer.sketch), []).append(name)
+    readers: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            readers.setdefault(id(parameter), set()).add(id(module))
+    balanced: dict[str, tuple[nn.Parameter, Tensor]] = {}
+    for key, names in sharing.items():
+        if readers[key] != {id(layers[name]) for name in names}:
+            continue
+        known = {id(statistics[n]): statistics[n] for n in names if n in statistics}
+        total = sum(found.count for found in known.values())
+        moments = [found.second_moment * (found.count / total) for found in known.values()]
+        moment = torch.stack(moments).sum(0) if moments else None
+        old = layers[names[0]].sketch
+        blocks, zs = balance([layers[name].z for name in names], old, moment)
+        sketch = nn.Parameter(blocks, old.requires_grad)
+        balanced |= {name: (sketch, z) for name, z in zip(names, zs, strict=True)}
+    return balanced
+
+
 def _quantize(
     name: str,
     layer: SS1Linear,
     quantization: LayerQuantization,
     statistics: InputStatistics | None,
+    sketch: nn.Parameter | None,
+    z: Tensor | None,
 ) -> tuple[SS1Linear, LayerReport]:
-    """The quantised layer and its row."""
+    """The quantised layer and its row; with another sketch and the z for it, if they are given."""
     structure, bias = layer.structure, layer.bias
+    learned = structure.kind == "learned"
+    used = layer.sketch if sketch is None else sketch
     with torch.autocast(layer.z.device.type, enabled=False):
         made = quantize_z(
-            layer.z.detach(),
+            layer.z.detach() if z is None else z,
             None if bias is None else bias.detach(),
-            layer.sketch.detach(),
+            used.detach(),
             structure,
             quantization,
             statistics,
@@ -159,12 +201,11 @@ def _quantize(
     new_bias = None
     if bias is not None and made.bias is not None:
         new_bias = nn.Parameter(made.bias, bias.requires_grad)
-    learned = structure.kind == "learned"
     quantized = SS1Linear.from_tensors(
         structure,
         made.z,
         new_bias,
-        layer.sketch if learned else None,
+        used if learned else None,
         scale=made.scale,
         dynamic=quantization.dynamic,
         dtype=layer.dtype,
