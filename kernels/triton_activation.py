@@ -22,33 +22,27 @@ from torch import Tensor
 
 from ss1_compile.kernels import triton_blocks, triton_sketch
 from ss1_compile.kernels.layout import is_rotation
-from ss1_compile.kernels.triton_elementwise import gelu, gelu_16, gelu_tanh, relu, silu
-
-
-@triton.jit
-def _gelu_to(v, dtype: tl.constexpr):
-    """GELU of float32 values, as accurate as a result that is rounded to ``dtype`` can be."""
-    return gelu(v) if dtype == tl.float32 else gelu_16(v)
+from ss1_compile.kernels.triton_elementwise import gelu, gelu_tanh, relu, silu
 
 
 @triton.jit
 def _relu_of(v, rows, columns, mask, aux, ready):
-    return relu(v.to(tl.float32))
+    return relu(v.to(tl.float32), v.dtype)
 
 
 @triton.jit
 def _gelu_of(v, rows, columns, mask, aux, ready):
-    return _gelu_to(v.to(tl.float32), v.dtype)
+    return gelu(v.to(tl.float32), v.dtype)
 
 
 @triton.jit
 def _gelu_tanh_of(v, rows, columns, mask, aux, ready):
-    return gelu_tanh(v.to(tl.float32))
+    return gelu_tanh(v.to(tl.float32), v.dtype)
 
 
 @triton.jit
 def _silu_of(v, rows, columns, mask, aux, ready):
-    return silu(v.to(tl.float32))
+    return silu(v.to(tl.float32), v.dtype)
 
 
 @triton.jit
@@ -64,22 +58,22 @@ def _times(v, rows, columns, mask, aux, ready):
 
 @triton.jit
 def _times_relu(v, rows, columns, mask, aux, ready):
-    return v.to(tl.float32) * relu(_gate(rows, columns, mask, aux))
+    return v.to(tl.float32) * relu(_gate(rows, columns, mask, aux), v.dtype)
 
 
 @triton.jit
 def _times_gelu(v, rows, columns, mask, aux, ready):
-    return v.to(tl.float32) * _gelu_to(_gate(rows, columns, mask, aux), v.dtype)
+    return v.to(tl.float32) * gelu(_gate(rows, columns, mask, aux), v.dtype)
 
 
 @triton.jit
 def _times_gelu_tanh(v, rows, columns, mask, aux, ready):
-    return v.to(tl.float32) * gelu_tanh(_gate(rows, columns, mask, aux))
+    return v.to(tl.float32) * gelu_tanh(_gate(rows, columns, mask, aux), v.dtype)
 
 
 @triton.jit
 def _times_silu(v, rows, columns, mask, aux, ready):
-    return v.to(tl.float32) * silu(_gate(rows, columns, mask, aux))
+    return v.to(tl.float32) * silu(_gate(rows, columns, mask, aux), v.dtype)
 
 
 _PLAIN: dict[str, Any] = {

@@ -123,7 +123,7 @@ def _stream_kernel(
         if bias is not None:
             acc += tl.load(bias + rn, mask=live, other=0.0).to(tl.float32)[:, None]
         if ACT is not None:
-            acc = ACT(acc)
+            acc = ACT(acc, y.dtype.element_ty)
         if residual is not None:
             at = rm[None, :] * s_rm + rn[:, None]
             acc += tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
@@ -149,7 +149,7 @@ def _reduce_kernel(
     if bias is not None:
         acc += tl.load(bias + i % N, mask=inside, other=0.0).to(tl.float32)
     if ACT is not None:
-        acc = ACT(acc)
+        acc = ACT(acc, y.dtype.element_ty)
     if residual is not None:
         at = i // N * s_rm + i % N
         acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)

@@ -1,7 +1,8 @@
-"""Activations as Triton functions of float32 values.
+"""Activations as Triton functions of float32 values, exact enough for the dtype of the result.
 
-All are ``v·σ(u(v))`` with ``σ(u) = 1 / (1 + 2^-u)``, taken as ``rsqrt((1 + 2^-u)²)``: two
-operations of the special function unit and no division, which is five instructions more.
+``f(v, dtype)``. What they cost is what they ask of the special function unit: a tile of a product
+waits for it. So there is no ``tl.erf``, which branches on every element, and no division, and
+bfloat16 results take one operation of it per value (``tanh.approx``, within 2^-11) in place of two.
 """
 
 # Kernel parameters are Triton values; an annotation would be a cast.
@@ -12,63 +13,65 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
+_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+"""Triton's interpreter knows no assembly."""
+
 
 @triton.jit
-def _times_sigmoid(v, u):
-    """``v / (1 + 2^-u)``; where ``2^-u`` or its square overflows, the limit 0."""
-    d = 1.0 + tl.exp2(-u)
+def _times_sigmoid(v, u, dtype: tl.constexpr):
+    """``v / (1 + e^-2u)``."""
+    if dtype == tl.bfloat16 and not _INTERPRETED:
+        half = 0.5 * v
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return half + half * tanh
+    # 1 / d as rsqrt(d²), for a division is five instructions more; where d overflows, the limit 0
+    d = 1.0 + tl.exp2(-2.8853900817779268 * u)
     return v * tl.rsqrt(d * d)
 
 
 @triton.jit
-def relu(v):
+def relu(v, dtype: tl.constexpr):
     """``max(v, 0)``."""
     return tl.maximum(v, 0.0)
 
 
 @triton.jit
-def gelu(v):
-    """``v·Φ(v)`` by Abramowitz & Stegun 26.2.19: within 1e-6 of the exact value.
+def gelu(v, dtype: tl.constexpr):
+    """``v·Φ(v)``: within 1e-6 for float32 results, within 3e-5 (and ``tanh``'s error) for others.
 
-    ``tl.erf`` branches on every element, which tripled the time of a sketch with gelu in front.
+    Abramowitz & Stegun 26.2.19; for 16 bits ``artanh(2Φ(v) - 1) / v`` as a polynomial in v² that
+    was fitted to the least maximal error of ``v·Φ(v)``, its last coefficient such that it is
+    positive everywhere.
     """
-    a = tl.abs(v)
-    p = 0.0000380036 + a * (0.0000488906 + a * 0.0000053830)
-    p = 1.0 + a * (0.0498673470 + a * (0.0211410061 + a * (0.0032776263 + a * p)))
-    p = p * p
-    p = p * p
-    p = p * p
-    tail = 0.5 / (p * p)
-    return v * tl.where(v < 0.0, tail, 1.0 - tail)
+    if dtype == tl.float32:
+        a = tl.abs(v)
+        p = 0.0000380036 + a * (0.0000488906 + a * 0.0000053830)
+        p = 1.0 + a * (0.0498673470 + a * (0.0211410061 + a * (0.0032776263 + a * p)))
+        p = p * p
+        p = p * p
+        p = p * p
+        tail = 0.5 / (p * p)
+        return v * tl.where(v < 0.0, tail, 1.0 - tail)
+    t = v * v
+    q = 0.797483013 + t * (0.0370415054 + t * (-0.000363445949 + t * 1e-6))
+    return _times_sigmoid(v, v * q, dtype)
 
 
 @triton.jit
-def gelu_16(v):
-    """``v·Φ(v)`` within 2.6e-5, for results that are rounded to 16 bits.
-
-    ``log2(Φ(v) / Φ(-v)) / v`` as a polynomial in v², fitted to the least maximal error of
-    ``v·Φ(v)``. A sketch of 16384 x 4096 takes 71 µs, with :func:`gelu` in front 98, with this 78
-    (one NVIDIA H200, rotation, c = 4).
-    """
-    t = tl.minimum(v * v, 30.0)
-    return _times_sigmoid(v, v * (2.30112126 + t * (0.106775791 - t * 0.00101427309)))
+def gelu_tanh(v, dtype: tl.constexpr):
+    """``v·(1 + tanh(√(2/π)·(v + 0.044715·v³))) / 2``."""
+    return _times_sigmoid(v, v * (0.7978845608 + 0.0356774081 * v * v), dtype)
 
 
 @triton.jit
-def gelu_tanh(v):
-    """``v·(1 + tanh(w)) / 2``, ``w = √(2/π)·(v + 0.044715·v³)``."""
-    # 0.5·(1 + tanh(w)) = 1 / (1 + e^-2w), and 2·√(2/π)·log2(e) = 2.3022082
-    return _times_sigmoid(v, v * (2.302208198 + 0.1029432397 * v * v))
-
-
-@triton.jit
-def silu(v):
+def silu(v, dtype: tl.constexpr):
     """``v / (1 + e^-v)``."""
-    return _times_sigmoid(v, v * 1.4426950408889634)
+    return _times_sigmoid(v, 0.5 * v, dtype)
 
 
 ACTIVATIONS: dict[str, Any] = {
@@ -79,10 +82,3 @@ ACTIVATIONS: dict[str, Any] = {
     "silu": silu,
 }
 """By the names of :data:`ss1_compile.kernels.fused_portable.ACTIVATIONS`."""
-
-
-def activation_for(name: str, dtype: torch.dtype) -> Any:
-    """The function of that name, accurate enough for results of ``dtype``; None for ``"none"``."""
-    if name == "gelu" and dtype.itemsize == 2:
-        return gelu_16
-    return ACTIVATIONS[name]

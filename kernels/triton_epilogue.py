@@ -35,7 +35,7 @@ def _epilogue_kernel(
     if bias is not None:
         v += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     if ACT is not None:
-        v = ACT(v)
+        v = ACT(v, y.dtype.element_ty)
     if residual is not None:
         added = residual + row0 * s_rm + (rm * s_rm)[:, None] + rn[None, :]
         v += tl.load(added, mask=mask, other=0.0).to(tl.float32)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ss1_compile.kernels.launch import Block, Launch, ceil_div
-from ss1_compile.kernels.triton_elementwise import activation_for
+from ss1_compile.kernels.triton_elementwise import ACTIVATIONS
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _finish(
     if bias is not None:
         acc += tl.load(bias + rn, mask=rn < n_end, other=0.0).to(tl.float32)[None, :]
     if ACT is not None:
-        acc = ACT(acc)
+        acc = ACT(acc, y.dtype.element_ty)
     if residual is not None:
         at = rm[:, None].to(tl.int64) * s_rm + rn[None, :]
         acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
@@ -238,7 +238,7 @@ def grouped_matmul(
     plan = _plan(
         *(hashes, rows, reduced, out_features, z.stride(0), y.stride(0), y.data_ptr() % 16 == 0),
         None if residual is None else residual.stride(0),
-        *(activation_for(activation, y.dtype), tile, block_k, _processors(y.device), pdl),
+        *(ACTIVATIONS[activation], tile, block_k, _processors(y.device), pdl),
     )
     plan(sketched, z, y if plan.constants["TMA_OUT"] else None, y, bias, residual)
     return y

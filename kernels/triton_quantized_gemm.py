@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ss1_compile.kernels.triton_elementwise import activation_for
+from ss1_compile.kernels.triton_elementwise import ACTIVATIONS
 from ss1_compile.kernels.triton_gemm import _processors
 
 
@@ -41,7 +41,7 @@ def _finish(
     if bias is not None:
         v += tl.load(bias + rn, mask=rn < n_end, other=0.0).to(tl.float32)[None, :]
     if ACT is not None:
-        v = ACT(v)
+        v = ACT(v, y.dtype.element_ty)
     if residual is not None:
         at = rm[:, None].to(tl.int64) * s_rm + rn[None, :]
         v += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
@@ -236,7 +236,7 @@ def grouped_matmul(
         PROGRAMS=programs,
         HALVES=halves,
         TMA_OUT=tma_out,
-        ACT=activation_for(activation, dtype),
+        ACT=ACTIVATIONS[activation],
         INTEGER=z.dtype == torch.int8,
         PDL=pdl,
         num_warps=warps,

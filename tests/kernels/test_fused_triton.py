@@ -204,7 +204,7 @@ class _Joined:
 def test_when_product_and_sketch_run_as_one_kernel(change, runs, gated, monkeypatch):
     kernel = _Joined(suits=change != "unsupported")
     monkeypatch.setattr(fused_cuda, "_joined_kernel", lambda: kernel)
-    monkeypatch.setattr(fused_cuda, "_FEWEST_JOINED_ROWS", 8)
+    monkeypatch.setattr(fused_cuda, "_joined_wins", lambda rows, reduced, gated: rows >= 8)
     second = 2 if change == "two hashes" else 1
     kind = "rotation" if change == "second rotation" else "learned"
     code, reduced = make_sketch(kind, 96, second, 3, 16, torch.float16)
@@ -221,7 +221,7 @@ def test_when_product_and_sketch_run_as_one_kernel(change, runs, gated, monkeypa
 @pytest.mark.parametrize("gated", [False, True])
 def test_matmul_sketch_in_one_kernel(gated, monkeypatch):
     """The true kernel, behind the choice: operands meet in the right places."""
-    monkeypatch.setattr(fused_cuda, "_FEWEST_JOINED_ROWS", 8)
+    monkeypatch.setattr(fused_cuda, "_joined_wins", lambda rows, reduced, gated: rows >= 8)
     monkeypatch.setattr(fused_cuda, "matmul", None)
     code, reduced = make_sketch("learned", 110, 1, 3, 16, torch.float16)
     sketched = randn(1, 9, 48, dtype=torch.float16)[..., :40]  # rows are strided
