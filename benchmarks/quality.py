@@ -134,7 +134,8 @@ def main() -> None:
         rounded = {name: round(value, 4) for name, value in found.items()}
         results["dense"].append({"model": subject.name, **rounded})
     done = {key(row) for row in results["rows"]}
-    reductions = given.reductions or subject.reductions
+    asked: list[float] = given.reductions or list(subject.reductions)
+    reductions = [int(c) if float(c).is_integer() else c for c in asked]
     for seed, c, method in itertools.product(given.seeds, reductions, given.methods):
         tokens = subject.tokens(seed)
         wanted = {"model": subject.name, "method": method, "c": c, "seed": seed}
