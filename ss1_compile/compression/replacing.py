@@ -13,6 +13,7 @@ from ss1_compile.config import SS1Config
 from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
 from ss1_compile.learned import LearnedStructure
 from ss1_compile.modules import SS1Linear
+from ss1_compile.projection.learned_fit import SWEEPS
 from ss1_compile.projection.project import Projection, check_finite
 from ss1_compile.projection.shared_sketch import SharedSketch, fit_sketch
 from ss1_compile.quantization.balancing import balance
@@ -34,7 +35,7 @@ def by_input(layers: Iterable[Known], config: SS1Config) -> list[list[Known]]:
     return list(groups.values())
 
 
-def find_replacements(layers: Sequence[Known], config: SS1Config) -> None:
+def find_replacements(layers: Sequence[Known], config: SS1Config, *, sweeps: int = SWEEPS) -> None:
     """Project layers that read the same input: fill in ``replacement``, ``row`` and ``reason``.
 
     Learned sketches are fitted together and shared if the configuration says so.
@@ -42,6 +43,7 @@ def find_replacements(layers: Sequence[Known], config: SS1Config) -> None:
     Args:
         layers: with structures, and with statistics that differ in their gradients at most.
         config: says how.
+        sweeps: of the fit of a learned sketch of one hash, at most.
 
     Raises:
         ProjectionError: a weight cannot be projected; the layer is named.
@@ -56,7 +58,7 @@ def find_replacements(layers: Sequence[Known], config: SS1Config) -> None:
                 _find_replacement(layer, config, statistics)
         else:
             for members in [together] if config.share_sketches else [[x] for x in together]:
-                _find_shared(members, config)
+                _find_shared(members, config, sweeps)
 
 
 def _sharing_key(layer: Layer, config: SS1Config, statistics: InputStatistics | None) -> object:
@@ -74,7 +76,7 @@ def _sharing_key(layer: Layer, config: SS1Config, statistics: InputStatistics | 
     return reduction, weight.dtype, weight.device, layer.bias is None
 
 
-def _find_shared(members: Sequence[Known], config: SS1Config) -> None:
+def _find_shared(members: Sequence[Known], config: SS1Config, sweeps: int) -> None:
     layers = [layer for layer, _ in members]
     first, statistics = members[0]
     assert statistics is not None
@@ -92,6 +94,7 @@ def _find_shared(members: Sequence[Known], config: SS1Config) -> None:
         group_size=config.group_size,
         damping=config.damping,
         asymmetry=config.asymmetry,
+        sweeps=sweeps,
         name=first.name,
     )
     for layer in layers:

@@ -18,8 +18,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ss1_compile.calibration.observer import Quietly
-from ss1_compile.calibration.statistics import InputStatistics
-from ss1_compile.compression.compress import compress
+from ss1_compile.calibration.sequential import swap
+from ss1_compile.calibration.statistics import InputStatistics, statistics_of
+from ss1_compile.compression.layers import find_layers
+from ss1_compile.compression.replacing import by_input, find_replacements
 from ss1_compile.config import SS1Config
 from ss1_compile.evaluation import Output, divergence, outputs
 from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
@@ -28,6 +30,10 @@ from ss1_compile.modules import SS1Linear, put_layer
 CostOf = Callable[[str, nn.Module, float], float]
 """``cost_of(name, module, part)`` of a dense or compressed layer; ``part`` of its learned sketch is
 its own, the rest that of the layers that it shares it with."""
+
+
+_SWEEPS = 2
+"""Of the fits of learned sketches that are only compared."""
 
 
 @dataclass
@@ -128,7 +134,11 @@ def compressed_copy(
         strict=False,
     )
     copied = shadow(model)
-    compress(copied, uniform, progress=False)
+    layers = [layer for layer in find_layers(copied, uniform, {}) if layer.structure is not None]
+    for group in by_input(((x, statistics_of(x.weight)) for x in layers), uniform):
+        find_replacements(group, uniform, sweeps=_SWEEPS)
+    for layer in layers:
+        swap(copied, layer)
     return copied
 
 

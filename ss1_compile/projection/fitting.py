@@ -164,6 +164,7 @@ def best_fit(
     statistics: InputStatistics,
     damping: float | Literal["auto"],
     asymmetry: float | Literal["auto"],
+    sweeps: int = SWEEPS,
 ) -> tuple[Weight, Chosen, LearnedFit]:
     """Fit learned blocks, for the candidate of one hash that does best on held-out rows.
 
@@ -172,6 +173,7 @@ def best_fit(
         statistics: of the inputs.
         damping: see :func:`ss1_compile.project`.
         asymmetry: see :func:`ss1_compile.project`.
+        sweeps: of the fit, at most.
 
     Raises:
         ProjectionError: the statistics are singular after damping.
@@ -182,7 +184,8 @@ def best_fit(
         for layer in candidates
     ]
     chosen, best = min(tried, key=lambda pair: pair[0].error or 0.0)
-    _, fit, _, _ = next(best.fits(best.target(statistics), chosen.damping, chosen.asymmetry))
+    target = best.target(statistics)
+    _, fit, _, _ = next(best.fits(target, chosen.damping, chosen.asymmetry, sweeps))
     assert isinstance(fit, LearnedFit)
     return best, chosen, fit
 

@@ -19,6 +19,7 @@ from ss1_compile.calibration.input_statistics import InputStatistics
 from ss1_compile.errors import StructureError
 from ss1_compile.learned import LearnedStructure
 from ss1_compile.projection.fitting import DAMPING, Weight, best_fit
+from ss1_compile.projection.learned_fit import SWEEPS
 from ss1_compile.projection.target import Target
 from ss1_compile.projection.weighing import normalised, weighed_rows
 
@@ -61,6 +62,7 @@ def fit_sketch(
     group_size: int | None = None,
     damping: float | Literal["auto"] = DAMPING,
     asymmetry: float | Literal["auto"] = "auto",
+    sweeps: int = SWEEPS,
     name: str = "weight",
 ) -> SharedSketch:
     """Fit the blocks for layers that share an input and together keep 1/c of their parameters.
@@ -79,6 +81,7 @@ def fit_sketch(
         group_size: ``gsize``; ``None`` chooses.
         damping: see :func:`ss1_compile.project`.
         asymmetry: see :func:`ss1_compile.project`.
+        sweeps: of the fit, at most.
         name: of the first layer, for messages.
 
     Raises:
@@ -102,7 +105,7 @@ def fit_sketch(
             Weight(stack, structure, centred, "learned", name)
             for structure in _structures(in_features, out_features, reduction, sizes)
         ]
-        best, chosen, fit = best_fit(candidates, statistics, damping, asymmetry)
+        best, chosen, fit = best_fit(candidates, statistics, damping, asymmetry, sweeps)
         assert isinstance(best.structure, LearnedStructure)
         blocks = fit.blocks.to(weights[0].dtype).unsqueeze(0)
         return SharedSketch(
