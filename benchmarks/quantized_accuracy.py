@@ -6,8 +6,8 @@
     python benchmarks/render_quantization.py      # docs/quantization.md
 
 Each model is compressed once (one-shot calibration, no fine-tuning), copied, and quantised by
-``ss1_compile.quantize`` in every form and rounding; calibrated rounding sees the calibration text
-again, through the compressed model. ``change`` is the relative difference of the model's output
+``ss1_compile.quantize`` in every form and rounding, which sees the calibration text again, through
+the compressed model. ``change`` is the relative difference of the model's output
 from the unquantised SS1 model's; ``error`` that of either from the dense model's; ``added`` what
 quantisation adds to the latter, ``error / error of SS1 - 1``. Also per layer, on MiniLM: what SS1,
 quantisation and both cost (``ss1_compile.sensitivity``).
@@ -116,7 +116,7 @@ def measure(
                     model,
                     quantization=form,
                     rounding=rounding,
-                    calibration=calibration if rounding == "calibrated" else None,
+                    calibration=calibration,
                 )
                 errors = [row.quantization_error or 0.0 for row in report]
                 added = sum(errors) / len(errors)

@@ -9,9 +9,9 @@ The scale of a row needs the whole row first. Three ways:
 * ``_permute_kernel`` (rotation, 16-bit x): the 0/±1 matrix product of :mod:`.triton_sketch`, run
   over all supergroups twice: for the maximum, then for the values. The second reading of x comes
   from the L2 cache. Its cost does not grow with c.
-* ``_rows_kernel``: quantises rows that another kernel has written in x's dtype. A learned sketch
-  writes so few of them that this beats computing it twice (one NVIDIA H200, 16384 x 4096, c = 4:
-  75 µs twice).
+* :mod:`.triton_quantize_rows`: quantises rows that another kernel has written in x's dtype. A
+  learned sketch writes so few of them that this beats computing it twice (one NVIDIA H200,
+  16384 x 4096, c = 4: 75 µs twice).
 
 The first two sum and quantise in float32; the third quantises X̃ rounded to x's dtype. The rules
 for rows of zeros and for non-finite rows are those of :mod:`.quantize`.
@@ -29,37 +29,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ss1_compile.kernels import triton_blocks, triton_sketch
-from ss1_compile.kernels.quantize import Q_MAX, SMALLEST_SCALE
+from ss1_compile.kernels.quantize import Q_MAX
+from ss1_compile.kernels.triton_decode import dependent_launch
+from ss1_compile.kernels.triton_quantize_rows import (
+    magnitude,
+    narrow,
+    outputs,
+    quantize_rows,
+    row_scale,
+)
 
 _TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
 # Elements of a program's rows in registers: 64 floats a thread with eight warps.
 _MOST_SLOTS = 16384
 _MAX_VECTORS = 256
-_SMALLEST = tl.constexpr(SMALLEST_SCALE)
-# Adding and subtracting 1.5·2²³ rounds a float32 below 2²² to an integer, ties to even.
-_ROUNDING = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def _magnitude(v):
-    """|v|, and infinity for a NaN, which a maximum would lose."""
-    return tl.where(v == v, tl.abs(v), float("inf"))
-
-
-@triton.jit
-def _row_scale(amax, QMAX: tl.constexpr):
-    scale = amax * (1.0 / QMAX)
-    scale = tl.where(scale < _SMALLEST, 1.0, scale)
-    return tl.where(amax < float("inf"), scale, float("nan"))
-
-
-@triton.jit
-def _narrow(r, QMAX: tl.constexpr, INTEGER: tl.constexpr, TO: tl.constexpr):
-    """r, divided by its scale already, in the quantised type; 0 for a NaN."""
-    r = tl.where(r == r, tl.minimum(tl.maximum(r, -QMAX), QMAX), 0.0)
-    if INTEGER:
-        return ((r + _ROUNDING) - _ROUNDING).to(tl.int32).to(tl.int8)
-    return r.to(TO)
 
 
 @triton.jit
@@ -115,20 +98,20 @@ def _gather_kernel(
         if CHUNKS == 1:
             v = tl.arange(0, V)
             acc = _gathered(x, code, j, v, rm, rows, K, G, s_xm, C, B8, RAGGED, BM, V)
-            amax = tl.max(tl.max(_magnitude(acc), axis=2), axis=0)
+            amax = tl.max(tl.max(magnitude(acc), axis=2), axis=0)
         else:
             for chunk in range(CHUNKS):
                 v = chunk * V + tl.arange(0, V)
                 acc = _gathered(x, code, j, v, rm, rows, K, G, s_xm, C, B8, RAGGED, BM, V)
-                amax = tl.maximum(amax, tl.max(tl.max(_magnitude(acc), axis=2), axis=0))
-        s = _row_scale(amax, QMAX)
+                amax = tl.maximum(amax, tl.max(tl.max(magnitude(acc), axis=2), axis=0))
+        s = row_scale(amax, QMAX)
         tl.store(scale + j * M + row0 + scale_rows, s, mask=scale_rows < M - row0)
         plane = q + tl.cast(j, tl.int64) * s_qj
         for chunk in range(CHUNKS):
             v = chunk * V + tl.arange(0, V)
             if CHUNKS > 1:
                 acc = _gathered(x, code, j, v, rm, rows, K, G, s_xm, C, B8, RAGGED, BM, V)
-            r = _narrow(acc * (1.0 / s)[None, :, None], QMAX, INTEGER, q.dtype.element_ty)
+            r = narrow(acc * (1.0 / s)[None, :, None], QMAX, INTEGER, q.dtype.element_ty)
             slot = v[:, None, None] * 8 + e
             tl.store(plane + rm * K_c + slot, r, mask=rows & (slot < K_c))
 
@@ -136,9 +119,11 @@ def _gather_kernel(
 @triton.jit
 def _matrix_kernel(
     code, matrices, J, G,
-    C: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, B8: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, B8: tl.constexpr, TRIGGER: tl.constexpr,
 ):  # fmt: skip
     """The 0/±1 matrix ``[CP·B8, JP·B8]`` of one supergroup and JP hashes; see triton_sketch."""
+    if TRIGGER:
+        tl.extra.cuda.gdc_launch_dependents()
     U: tl.constexpr = CP * B8
     V: tl.constexpr = JP * B8
     g = tl.program_id(0)
@@ -160,9 +145,12 @@ def _permute_kernel(
     x, matrices, q, scale, M, J, K, G, K_c, s_xm, s_qj,
     C: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
     STAGES: tl.constexpr, RAGGED: tl.constexpr, QMAX: tl.constexpr, INTEGER: tl.constexpr,
-    TRIGGER: tl.constexpr,
+    TRIGGER: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """BM rows of JP hashes, supergroup by supergroup, twice."""
+    if CHAINED:
+        # the matrices are complete after the wait
+        tl.extra.cuda.gdc_wait()
     if TRIGGER:
         tl.extra.cuda.gdc_launch_dependents()
     B8: tl.constexpr = BK // 8
@@ -196,9 +184,9 @@ def _permute_kernel(
             a = tl.reshape(tl.permute(tl.reshape(v, (BM, U, 8)), (0, 2, 1)), (BM * 8, U))
             y = tl.dot(a, tl.load(matrices + g * (U * V)))
             if phase == 0:
-                best = tl.maximum(best, _magnitude(y))
+                best = tl.maximum(best, magnitude(y))
             else:
-                r = _narrow(y * inverse, QMAX, INTEGER, q.dtype.element_ty)
+                r = narrow(y * inverse, QMAX, INTEGER, q.dtype.element_ty)
                 r = tl.reshape(tl.permute(tl.reshape(r, (BM, 8, V)), (0, 2, 1)), (BM, V * 8))
                 ocol = jo.to(tl.int64) * s_qj + g * BK + (co & (BK - 1))
                 ocol = tl.max_contiguous(tl.multiple_of(ocol, 8), 8)
@@ -206,7 +194,7 @@ def _permute_kernel(
                 tl.store(at, r, mask=rows[:, None] & (jo < J)[None, :])
         if phase == 0:
             amax = tl.max(tl.max(tl.reshape(best, (BM, 8, JP, B8)), axis=3), axis=1)
-            s = _row_scale(amax, QMAX)
+            s = row_scale(amax, QMAX)
             rj = j0 + tl.arange(0, JP)
             row = rj[None, :] * M + row0 + rm[:, None]
             tl.store(scale + row, s, mask=rows[:, None] & (rj < J)[None, :])
@@ -214,78 +202,22 @@ def _permute_kernel(
             inverse = tl.reshape(spread, (BM * 8, V))
 
 
-@triton.jit(do_not_specialize=["TOTAL"])
-def _rows_kernel(
-    rows, q, scale, TOTAL, K_c,
-    R: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, QMAX: tl.constexpr,
-    INTEGER: tl.constexpr, TRIGGER: tl.constexpr,
-):  # fmt: skip
-    """R rows of ``[TOTAL, K_c]`` a program, in CHUNKS pieces."""
-    if TRIGGER:
-        tl.extra.cuda.gdc_launch_dependents()
-    first = tl.program_id(0).to(tl.int64) * R
-    mine = tl.arange(0, R)
-    inside = mine < TOTAL - first
-    rows += first * K_c
-    q += first * K_c
-    k = tl.arange(0, BLOCK)
-    best = tl.zeros((R, BLOCK), tl.float32)
-    for chunk in range(CHUNKS):
-        slot = chunk * BLOCK + k
-        mask = inside[:, None] & (slot < K_c)[None, :]
-        v = tl.load(rows + mine[:, None] * K_c + slot[None, :], mask=mask, other=0.0)
-        best = tl.maximum(best, _magnitude(v.to(tl.float32)))
-    s = _row_scale(tl.max(best, axis=1), QMAX)
-    tl.store(scale + first + mine, s, mask=inside)
-    for chunk in range(CHUNKS):
-        slot = chunk * BLOCK + k
-        mask = inside[:, None] & (slot < K_c)[None, :]
-        at = mine[:, None] * K_c + slot[None, :]
-        v = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
-        r = _narrow(v * (1.0 / s)[:, None], QMAX, INTEGER, q.dtype.element_ty)
-        tl.store(q + at, r, mask=mask)
-
-
-def _outputs(x: Tensor, hashes: int, reduced: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shape = (hashes, x.shape[0])
-    q = x.new_empty((*shape, reduced), dtype=dtype)
-    return q, x.new_empty(shape, dtype=torch.float32)
-
-
-def quantize_rows(rows: Tensor, dtype: torch.dtype, *, pdl: bool = False) -> tuple[Tensor, Tensor]:
-    """``(q, scale)`` of contiguous ``rows [J, M, K_c]``."""
-    hashes, count, reduced = rows.shape
-    q, scale = _outputs(rows[0], hashes, reduced, dtype)
-    if q.numel():
-        block = min(4096, triton.next_power_of_2(reduced))
-        total = hashes * count
-        # a program a row is bound by launching programs: 12 µs for 3 MB
-        several = max(1, 4096 // block) if total >= 4096 else 1
-        _rows_kernel[(triton.cdiv(total, several),)](
-            *(rows, q, scale, total, reduced),
-            R=several,
-            BLOCK=block,
-            CHUNKS=triton.cdiv(reduced, block),
-            QMAX=Q_MAX[dtype],
-            INTEGER=dtype == torch.int8,
-            TRIGGER=pdl,
-            num_warps=4,
-        )
-    return q, scale
-
-
 def default_variant(x: Tensor, code: Tensor, reduced: int) -> str:
     """``"gather"`` or ``"permute"`` for ``x [M, K]`` and the rotation code ``[J, G, c]``.
 
     On one NVIDIA H200, int8, in µs: 16384 x 4096, c = 4: 99 and 99, c = 8: 146 and 102;
-    8192 x 14336, c = 4: 196 and 166; 16384 x 1024, c = 4: 30 and 36.
+    8192 x 14336, c = 4: 196 and 166; 16384 x 1024, c = 4: 30 and 36. Rows of gather are filled up
+    to a power of two: 32768 x 768, c = 2 and 4: 44 and 42, 54 and 45; 8192 x 14336, c = 2: 160 and
+    154.
     """
     block_k = reduced // code.shape[1]
     vectors = triton.next_power_of_2(code.shape[2]) * block_k // 8
     if x.dtype not in _TENSOR_CORE_DTYPES or x.shape[0] <= 64 or not 16 <= vectors <= _MAX_VECTORS:
         return "gather"
     reduction = code.shape[2]
-    return "permute" if reduction > 4 or (reduction == 4 and x.shape[1] > 4096) else "gather"
+    filled = triton.next_power_of_2(reduced) > 1.1 * reduced and reduction > 1
+    wide = reduction > 4 or (reduction == 4 and x.shape[1] > 4096)
+    return "permute" if wide or filled else "gather"
 
 
 def rotation(
@@ -317,7 +249,7 @@ def rotation(
     if variant == "two":
         sketched = triton_sketch.sketch(x, code, reduced_features)
         return quantize_rows(sketched, dtype, pdl=pdl)
-    q, scale = _outputs(x, hashes, reduced_features, dtype)
+    q, scale = outputs(x, hashes, reduced_features, dtype)
     rows = x.shape[0]
     if rows == 0:
         return q, scale
@@ -340,6 +272,7 @@ def rotation(
         planes_out = max(min(pow2(hashes), 64 * 8 // block_k), 16 * 8 // block_k, 1)
         blocks = triton.cdiv(hashes, planes_out)
         sides = planes_in * planes_out * (block_k // 8) ** 2
+        chained = dependent_launch(x.device)
         matrices = x.new_empty(blocks * groups * sides)
         _matrix_kernel[(groups, blocks)](
             *(code, matrices, hashes, groups),
@@ -347,6 +280,7 @@ def rotation(
             CP=planes_in,
             JP=planes_out,
             B8=block_k // 8,
+            TRIGGER=chained,
             num_warps=4,
         )
         tile_rows, warps, stages = tile or (8, 4, 3)
@@ -356,8 +290,10 @@ def rotation(
             JP=planes_out,
             BM=tile_rows,
             STAGES=stages,
+            CHAINED=chained,
             num_warps=warps,
             **common,
+            **({"launch_pdl": True} if chained else {}),
         )
         return q, scale
     few = rows <= 64
@@ -382,4 +318,6 @@ def learned(
     x: Tensor, blocks: Tensor, dtype: torch.dtype, *, pdl: bool = False
 ) -> tuple[Tensor, Tensor]:
     """``(q [J, M, G·r], scale [J, M])`` of ``x [M, K]`` for blocks ``[J, G, gsize, r]``."""
-    return quantize_rows(triton_blocks.sketch(x, blocks), dtype, pdl=pdl)
+    chained = dependent_launch(x.device)
+    sketched = triton_blocks.sketch(x, blocks, pdl=chained)
+    return quantize_rows(sketched, dtype, pdl=pdl, chained=chained)

@@ -25,6 +25,7 @@ from ss1_compile.kernels import (
     triton_gemm,
     triton_gemm_sketch,
     triton_norm,
+    triton_quantize_rows,
     triton_quantized_decode,
     triton_quantized_gemm,
     triton_quantized_sketch,
@@ -153,7 +154,9 @@ def launch_quantized(dtype):
         triton_quantized_sketch.rotation(x, code, 2048 // c, dtype, variant=variant)
         triton_quantized_sketch.rotation(x[:16], code, 2048 // c, dtype)
     triton_quantized_sketch.learned(x, zeros(1, 16, 128, 32, dtype=bf16), dtype)
-    triton_quantized_sketch.quantize_rows(zeros(1, 16, 1024, dtype=f32), dtype)
+    triton_quantize_rows.quantize_rows(zeros(1, 16, 1024, dtype=f32), dtype)
+    triton_quantize_rows.quantize_rows(zeros(1, 8192, 2048, dtype=bf16), dtype, chained=True)
+    triton_quantize_rows.quantize_rows(zeros(1, 16, 9000, dtype=bf16), dtype, pdl=True)
     scale, bias = zeros(4096, 1, dtype=f32), zeros(4096, dtype=bf16)
     z = zeros(4096, 1024)
     code = zeros(4, 16, 4, dtype=torch.int32)

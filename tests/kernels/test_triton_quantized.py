@@ -110,7 +110,7 @@ def test_learned(rows, features, hashes, size, rank, quantized, dtype):
 
 
 @both_dtypes
-@pytest.mark.parametrize(("hashes", "rows", "reduced"), [(2, 3, 40), (1, 4100, 2050)])
+@pytest.mark.parametrize(("hashes", "rows", "reduced"), [(2, 3, 40), (1, 5, 8200), (1, 4100, 2050)])
 def test_rows_already_sketched(hashes, rows, reduced, quantized):
     if not ON_GPU and rows > 4000:
         pytest.skip("the interpreter takes minutes for this many programs")
