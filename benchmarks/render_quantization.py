@@ -67,6 +67,10 @@ RULES = """
   `overrides={"*.down_proj": {"quantization": None}, "head": {"reduction": 2}}`.
 - `rounding="calibrated"` rounds z so that the layer's *output* on the calibration inputs moves
   least (GPTQ, in the sketched space); it needs calibration data. The default is to nearest.
+- Learned sketches are balanced first: `S A` and `z A⁻ᵀ` compute the same for any invertible A per
+  group, and the A that is taken makes the sketched inputs and z equally hard to round and spreads
+  outliers (`ss1_compile.quantization.balancing` has the equations). It costs nothing when the layer
+  runs, and is best with calibration data. Layers that share a sketch go on sharing it.
 - A quantised z is frozen: it is a buffer. Train or heal first, and quantise then:
   `ss1_compile.quantize(model, quantization="int8_dynamic")` works on a model that is compressed
   already. Gradients still pass through to inputs, biases and learned blocks.
