@@ -114,8 +114,7 @@ def heal(
         )
         report = None
         if quantized:
-            calibration = batches if rounding == "calibrated" else None
-            report = ss1_compile.quantize(student, saved, calibration)
+            report = ss1_compile.quantize(student, saved, batches)
         loaded.model = student
         loaded.save_compressed(out_dir, saved)
     out(result)
