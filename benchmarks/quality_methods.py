@@ -132,7 +132,7 @@ def _replaced(
 def _approximated(
     method: baselines.Method | None, layer: Layer, statistics: InputStatistics, c: float
 ) -> nn.Linear:
-    """The layer with ``method``'s matrix, the asymmetry chosen on held-out rows."""
+    """The layer with ``method``'s matrix, asymmetry and part of the shortfall by held-out rows."""
     w, device = layer.weight.detach().double(), layer.weight.device
     target = partial(Target.of, centred=layer.bias is not None, device=device)
     whole = target(statistics)
@@ -143,31 +143,45 @@ def _approximated(
         rows = w if found is None else found
     rank = quality_planned.allowed_rank(tuple(w.shape), c)
 
-    def approximated(x: Tensor, of: Target, asymmetry: float) -> Tensor:
+    def approximated(x: Tensor, of: Target, asymmetry: float, part: float) -> Tensor:
         assert of.moment is not None
         correction = of.correction(DAMPING, layer.name) if asymmetry else None
+        owed = of.owed(DAMPING, layer.name) if part else None
         moment = baselines.damped(of.moment, DAMPING)
 
         def wanted(x: Tensor) -> Tensor:
             return x if correction is None else x + asymmetry * (x @ correction)
 
+        goal = wanted(x) if owed is None else wanted(x) + part * owed
         if method is None:
-            return baselines.weighed_svd(wanted(x), moment, rank, wanted(rows))
-        return method(wanted(x), moment, c)
+            return baselines.weighed_svd(goal, moment, rank, wanted(rows))
+        return method(goal, moment, c)
 
-    part = 0.0
+    asymmetry = part = 0.0
     if statistics.drift is not None and statistics.held_out is not None:
         fit, unseen = target(statistics.without_held_out()), target(statistics.held_out)
-        lost = {a: unseen.lost(rows, rows - approximated(rows, fit, a)) for a in ASYMMETRIES}
-        part = min(lost, key=lambda a: lost[a].item())
-    approximation = approximated(w, whole, part)
+        lost = {a: unseen.lost(rows, rows - approximated(rows, fit, a, 0)) for a in ASYMMETRIES}
+        asymmetry = min(lost, key=lambda a: lost[a].item())
+        if unseen.shortfall is not None and fit.shortfall is not None:
+            lacking = {a: _lost(unseen, w, approximated(w, fit, asymmetry, a)) for a in ASYMMETRIES}
+            part = min(lacking, key=lambda a: lacking[a])
+    approximation = approximated(w, whole, asymmetry, part)
     linear = nn.Linear(*reversed(w.shape), layer.bias is not None, device, layer.weight.dtype)
     linear.weight = nn.Parameter(approximation.to(layer.weight.dtype))
     if layer.bias is not None:
         shift = whole.shift(w, w - approximation)
         assert shift is not None
+        if whole.shortfall is not None:
+            shift = shift + whole.shortfall.mean
         linear.bias = nn.Parameter((layer.bias.double() + shift).to(layer.bias.dtype))
     return linear
+
+
+def _lost(of: Target, w: Tensor, approximation: Tensor) -> float:
+    """``E‖W x_dense + s - Ŵ x‖²`` but for a constant, s the shortfall."""
+    assert of.shortfall is not None
+    e = w - approximation
+    return (of.lost(w, e) + 2 * (of.shortfall.cross_moment * e).sum()).item()
 
 
 Compression = Callable[[nn.Module, Subject, float, int], int]

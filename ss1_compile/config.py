@@ -87,7 +87,9 @@ class SS1Config:
             ``diag(H)``; ``"auto"`` chooses it per layer by the error on held-out batches.
         asymmetry: of sequential calibration: 1 fits every layer towards the dense model's outputs,
             given the inputs that the compressed layers before it leave; 0 towards its own dense
-            outputs on them; ``"auto"`` chooses per layer by the error on held-out batches.
+            outputs on them; ``"auto"`` chooses per layer by the error on held-out batches. Unless
+            it is 0, layers whose outputs are added to a stream of residuals also make up for what
+            the stream lacks of the dense model's, as far as held-out batches bear it out.
         quantization: how z is stored: ``None``, in the dtype of the weight; ``"int8_weight_only"``,
             int8 with float32 scales, activations as they are; ``"int8_dynamic"``, activations int8
             too, a scale per token, after the sketch; ``"fp8_dynamic"``, both float8 (e4m3). The

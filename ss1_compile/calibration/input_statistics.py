@@ -26,6 +26,22 @@ class Drift:
 
 
 @dataclass(eq=False)
+class Shortfall:
+    """Moments of ``s = r_dense - r``, r being what the weight's outputs are added to.
+
+    A compressed prefix changes the stream of residuals as it changes the inputs x. What the stream
+    lacks, as far as x tells it, the weight's outputs can make up for.
+
+    Attributes:
+        mean: ``E[s]``, float64 ``[N]``.
+        cross_moment: ``E[s xᵀ]``, float64 ``[N, K]``.
+    """
+
+    mean: Tensor
+    cross_moment: Tensor
+
+
+@dataclass(eq=False)
 class InputStatistics:
     """First and second moments of the inputs ``x [K]`` of one weight.
 
@@ -39,6 +55,8 @@ class InputStatistics:
         gradients: ``E[g gᵀ]``, float64 ``[K, K]``, for the gradient ``g = δ W`` that goes into
             these inputs through *one* weight, δ that of the model's loss with respect to the
             weight's outputs (:mod:`ss1_compile.calibration.gradients`); ``None`` if not known.
+        shortfall: of what the weight's outputs are added to, next to a drift; ``None`` if they are
+            not added to anything, or nothing is known of it.
     """
 
     count: int
@@ -47,6 +65,7 @@ class InputStatistics:
     drift: Drift | None = None
     held_out: InputStatistics | None = None
     gradients: Tensor | None = None
+    shortfall: Shortfall | None = None
 
     @property
     def of_inputs(self) -> int:
@@ -66,7 +85,7 @@ class InputStatistics:
     def combine(self, other: InputStatistics) -> InputStatistics:
         """The statistics of both sets of rows together, on the device of ``self``.
 
-        Drift is kept if both have it, and so are held-out rows and gradients.
+        Drift is kept if both have it, and so are shortfall, held-out rows and gradients.
 
         Raises:
             CalibrationError: the two differ in K.
@@ -106,9 +125,19 @@ class InputStatistics:
                 mix(self.drift.second_moment, other.drift.second_moment),
                 mix(self.drift.cross_moment, other.drift.cross_moment),
             )
+        shortfall = None
+        if self.shortfall is not None and other.shortfall is not None:
+            shortfall = Shortfall(
+                mix(self.shortfall.mean, other.shortfall.mean),
+                mix(self.shortfall.cross_moment, other.shortfall.cross_moment),
+            )
         mean, second = self.mean, self.second_moment
         return InputStatistics(
-            self.count, mix(mean, other.mean), mix(second, other.second_moment), drift
+            self.count,
+            mix(mean, other.mean),
+            mix(second, other.second_moment),
+            drift,
+            shortfall=shortfall,
         )
 
     def problem(self) -> str | None:

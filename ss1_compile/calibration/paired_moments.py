@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ss1_compile.calibration.input_statistics import Drift, InputStatistics
+from ss1_compile.calibration.input_statistics import Drift, InputStatistics, Shortfall
 from ss1_compile.calibration.moments import CHUNK_ELEMENTS, Moments
 
 
@@ -94,3 +94,35 @@ class _DriftSums:
 
     def finish(self, count: int) -> Drift:
         return Drift(self.total.div_(count), self.outer.div_(count), self.cross.div_(count))
+
+
+class ShortfallSums:
+    """``Σ s`` and ``Σ s xᵀ`` for ``s = r_dense - r``, r what a weight's outputs are added to."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._cross: Tensor | None = None
+        self._count = 0
+
+    def add(self, calls: list[Tensor], summand: Tensor | None, dense: Tensor | None) -> None:
+        """Count the rows of a batch: x ``[M, K]`` of the one call, r and r_dense ``[M, N]``.
+
+        Rows that do not belong to each other are not counted.
+        """
+        (rows,) = calls
+        if summand is None or dense is None or not len(rows) == len(summand) == len(dense):
+            return
+        size = max(1, CHUNK_ELEMENTS // max(rows.shape[1], summand.shape[1]))
+        parts = (rows.split(size), summand.split(size), dense.split(size))
+        for x, mine, its in zip(*parts, strict=True):
+            s = its.double() - mine.double()
+            total, cross = s.sum(0), s.t() @ x.double()
+            self._total = total if self._total is None else self._total + total
+            self._cross = cross if self._cross is None else self._cross + cross
+        self._count += len(rows)
+
+    def finish(self, count: int) -> Shortfall | None:
+        """The moments, if they are of all the ``count`` rows."""
+        if self._total is None or self._cross is None or self._count != count:
+            return None
+        return Shortfall(self._total / count, self._cross / count)

@@ -9,7 +9,7 @@ with the dense layers in place, batch by batch. Within a chain of blocks
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,15 +21,14 @@ from ss1_compile.calibration.blocks import (
     Call,
     Chain,
     NoChainError,
-    Stopped,
     find_chain,
     first_tensor,
 )
 from ss1_compile.calibration.gradients import GradientMoments
 from ss1_compile.calibration.input_statistics import InputStatistics
-from ss1_compile.calibration.moments import input_key, kept_rows
 from ss1_compile.calibration.observer import LinearObserver, Quietly, attention_mask, run_batch
-from ss1_compile.calibration.paired_moments import PairedMoments
+from ss1_compile.calibration.paired_moments import PairedMoments, ShortfallSums
+from ss1_compile.calibration.reading import Reader, Run, ignore
 from ss1_compile.calibration.statistics import (
     execution_groups,
     is_held_out,
@@ -42,9 +41,6 @@ from ss1_compile.errors import CalibrationError
 from ss1_compile.modules import put_layer
 
 _GRADIENT_BYTES = 2**32  # of layers whose gradients are collected together
-
-Run = Callable[[int], Any]
-"""Runs the model, or one block of it, on the batch of that index."""
 
 
 class SequentialCalibration:
@@ -141,7 +137,7 @@ class SequentialCalibration:
     def _chain(self, groups: list[list[str]]) -> Chain | None:
         """A chain of blocks whose groups run without others between, block after block."""
         names = [name for group in groups for name in group]
-        with LinearObserver({}, _ignore):
+        with LinearObserver({}, ignore):
             chain = find_chain(self._model, names, self._batches[0])
         if chain is None:
             return None
@@ -157,7 +153,7 @@ class SequentialCalibration:
         prefix = list(self._done)
         calls: list[list[Call]] = []
         dense: list[Tensor] = []
-        with LinearObserver({}, _ignore):
+        with LinearObserver({}, ignore):
             with dense_layers(self._model, prefix):
                 for batch in self._batches:
                     calls.append(chain.record(self._model, batch))
@@ -178,7 +174,7 @@ class SequentialCalibration:
                 if chain.block_of(group[0]) == index:
                     yield self._collect(group, here, there, inside)
                     inside += [self._layers[n] for n in group if self._layers[n].replacement]
-            with LinearObserver({}, _ignore):
+            with LinearObserver({}, ignore):
                 for i in range(len(self._batches)):
                     if self._paired:
                         with dense_layers(self._model, inside):
@@ -198,14 +194,18 @@ class SequentialCalibration:
         """
         weights = {name: self._layers[name].weight for name in group}
         moments = [PairedMoments(self._paired), PairedMoments(self._paired)]
+        alone = group[0] if self._paired and len(group) == 1 else None  # may owe something
+        shortfalls = [ShortfallSums(), ShortfallSums()]
         expected: dict[str, int] | None = None
         for i, batch in enumerate(self._batches):
             mask = attention_mask(batch)
-            reader = _Reader(weights, mask, expected)
+            reader = Reader(weights, mask, expected, alone)
             reader.run(run, i)
-            other: _Reader | None = None
+            if reader.summand is None:
+                alone = None
+            other: Reader | None = None
             if self._paired and (replaced or run is not run_dense):
-                other = _Reader(weights, mask, expected)
+                other = Reader(weights, mask, expected, alone)
                 with dense_layers(self._model, replaced):
                     other.run(run_dense, i)
             elif self._paired:
@@ -213,7 +213,14 @@ class SequentialCalibration:
             expected = expected or reader.calls()
             out = self._held_out and is_held_out(i, len(self._batches))
             moments[out].add(reader.rows, None if other is None else other.rows)
-        entries = with_held_out(*(m.finish() for m in moments))
+            if alone is not None and other is not None and other is not reader:
+                shortfalls[out].add(reader.rows[alone], reader.summand, other.summand)
+        found = [m.finish() for m in moments]
+        if alone is not None:
+            for entries, shortfall in zip(found, shortfalls, strict=True):
+                if alone in entries:
+                    entries[alone].shortfall = shortfall.finish(entries[alone].count)
+        entries = with_held_out(*found)
         self._add_gradients(group, entries)
         return [(self._layers[name], entries.get(name)) for name in group]
 
@@ -240,49 +247,6 @@ class SequentialCalibration:
             if name in entries and name in self._gradients:
                 gradients = self._gradients.pop(name)
                 entries[name] = replace(entries[name], gradients=gradients)
-
-
-class _Reader:
-    """The rows that weights read in one forward pass, by weight and call.
-
-    Args:
-        weights: by name.
-        mask: of rows that count.
-        expected: the calls of each weight after which nothing more is awaited.
-    """
-
-    def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        mask: Tensor | None,
-        expected: Mapping[str, int] | None,
-    ) -> None:
-        self._weights, self._mask, self._expected = weights, mask, expected
-        self._kept: dict[Any, Tensor] = {}
-        self.rows: dict[str, list[Tensor]] = {}
-
-    def run(self, run: Run, index: int) -> None:
-        with contextlib.suppress(Stopped), LinearObserver(self._weights, self._on_input):
-            run(index)
-
-    def calls(self) -> dict[str, int] | None:
-        """How often each weight was used, if all were used once: else none can be awaited."""
-        counts = {name: len(rows) for name, rows in self.rows.items()}
-        once = len(counts) == len(self._weights) and set(counts.values()) == {1}
-        return counts if once else None
-
-    def _on_input(self, name: str, dim: int, x: Tensor) -> None:
-        key = input_key(x)
-        rows = self._kept.get(key) if key is not None else None
-        if rows is None:
-            rows = kept_rows(x, self._mask)
-            if rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-                rows = rows.clone()  # what follows may change x in place
-            if key is not None:
-                self._kept[key] = rows
-        self.rows.setdefault(name, []).append(rows)
-        if self._expected is not None and len(self.rows) == len(self._expected):
-            raise Stopped
 
 
 def swap(model: nn.Module, layer: Layer) -> None:
@@ -325,10 +289,6 @@ def _restored(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
                 model.set_submodule(name, layer.module)
         for encoder, activation in zip(encoders, activations, strict=True):
             encoder.activation_relu_or_gelu = activation
-
-
-def _ignore(name: str, dim: int, x: Tensor) -> None:
-    """For an observer that is there to keep fused operators from hiding the layers."""
 
 
 def _taken(call: Call) -> Tensor:

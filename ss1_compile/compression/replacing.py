@@ -103,8 +103,8 @@ def _find_shared(members: Sequence[Known], config: SS1Config, sweeps: int) -> No
         plain = [_project(layer, config, statistics, shared, quantized=False) for layer in layers]
         blocks, _ = balance([p.z for p in plain], shared.blocks, statistics.second_moment)
         shared = replace(shared, blocks=blocks)
-    for layer in layers:
-        _find_replacement(layer, config, statistics, shared)
+    for layer, known in members:
+        _find_replacement(layer, config, known, shared)
     replaced = [layer for layer in layers if isinstance(layer.replacement, SS1Linear)]
     for layer in replaced:
         assert isinstance(layer.replacement, SS1Linear)

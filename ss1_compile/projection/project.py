@@ -32,6 +32,7 @@ from ss1_compile.projection.fitting import (
     corrected,
 )
 from ss1_compile.projection.learned_fit import LearnedFit
+from ss1_compile.projection.shortfall import owed_rows
 from ss1_compile.projection.weighing import weighed_rows
 from ss1_compile.structure import SS1Structure
 
@@ -87,7 +88,8 @@ def project(
     ``H + damping · mean(diag H) · I``; the reported error ``sqrt(tr(E H Eᵀ) / tr(W H Wᵀ))``,
     ``E = W - Ŵ``, the undamped H. Where the statistics have a drift (a compressed prefix has
     changed the inputs) the wanted outputs are the dense model's: ``W + α W G H⁻¹`` is projected,
-    see :mod:`ss1_compile.projection.target`.
+    see :mod:`ss1_compile.projection.target`; and with a shortfall, what makes up for a part of it
+    (:mod:`ss1_compile.projection.shortfall`), which the reported error counts as wanted.
 
     The blocks of a learned structure of one hash are fitted to outputs weighed by what the model
     makes of them where the statistics have gradients (:mod:`ss1_compile.projection.weighing`), and
@@ -154,7 +156,7 @@ def project(
         if sketch is None and method == "learned" and statistics is not None:
             layer, chosen = _weighed(layer, statistics, damping, asymmetry)
         chosen = chosen or choose(layer, statistics, damping, asymmetry)
-        return _project(layer, bias, statistics, chosen.damping, chosen.asymmetry)
+        return _project(layer, bias, statistics, chosen)
 
 
 def _weighed(
@@ -178,11 +180,13 @@ def _project(
     layer: Weight,
     bias: Tensor | None,
     statistics: InputStatistics | None,
-    damping: float,
-    asymmetry: float,
+    chosen: Chosen,
 ) -> Projection:
     weight, structure = layer.weight, layer.structure
     target = layer.target(statistics)
+    owed = None
+    if statistics is not None and layer.method != "average":
+        owed = owed_rows(layer, statistics, chosen)
     z = weight.new_empty(structure.out_features, structure.reduced_features)
     if isinstance(structure, SS1Structure):
         sketch = structure.code.to(weight.device, copy=True)
@@ -191,19 +195,21 @@ def _project(
     lost = torch.zeros((), dtype=torch.float64, device=weight.device)
     whole = torch.zeros_like(lost)
     shift = lost.new_zeros(structure.out_features)
-    for j, fit, chunks, correction in layer.fits(target, damping, asymmetry):
+    for j, fit, chunks, correction in layer.fits(target, chosen.damping, chosen.asymmetry):
         if isinstance(fit, LearnedFit):
             sketch[j] = fit.blocks.to(weight.dtype)
         for index in chunks:
             w = layer.rows(index)
-            stored = fit.solve(corrected(w, correction)).to(weight.dtype)
+            more = 0 if owed is None else owed[index]
+            stored = fit.solve(corrected(w, correction) + more).to(weight.dtype)
             z[index] = stored
             e = w - fit.materialize(stored.double())
-            lost += target.lost(w, e)
+            lost += target.lost(w, e + more)
             whole += target.whole(w)
             mean_error = target.shift(w, e)
             if mean_error is not None:
-                shift[index] = mean_error
+                lacking = 0 if target.shortfall is None else target.shortfall.mean[index]
+                shift[index] = mean_error + lacking
     if not bool(torch.isfinite(z).all()):
         raise ProjectionError(
             f"{layer.name}: z leaves the range of {weight.dtype}; convert the layer to bfloat16 or "
@@ -214,7 +220,16 @@ def _project(
         bias = (bias.double() + shift).to(bias.dtype) if known else bias.detach().clone()
     ratio = (lost.clamp(min=0) / whole).item() if whole.item() > 0 else 0.0
     error_of: Literal["output", "weight"] = "weight" if statistics is None else "output"
-    return Projection(z, bias, math.sqrt(ratio), error_of, layer.method, sketch, damping, asymmetry)
+    return Projection(
+        z,
+        bias,
+        math.sqrt(ratio),
+        error_of,
+        layer.method,
+        sketch,
+        chosen.damping,
+        chosen.asymmetry,
+    )
 
 
 def check_finite(tensor: Tensor, what: str, name: str) -> None:

@@ -9,6 +9,9 @@
 and its minimum without a structure is ``Ŵ = W + W G H⁻¹`` (asymmetric calibration, as in GPTAQ,
 ICML 2025). A part α of that correction is taken, which held-out inputs can choose: the drift of
 unseen inputs is another one.
+
+Where the outputs are added to a stream r of residuals, which lacks ``s = r_dense - r`` by now, the
+sum is what counts: ``E‖W x_dense + s - Ŵ x‖²``, whose minimum has ``E[s xᵀ] H⁻¹`` added.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ss1_compile.calibration.input_statistics import Drift, InputStatistics
+from ss1_compile.calibration.input_statistics import Drift, InputStatistics, Shortfall
 from ss1_compile.errors import ProjectionError
 
 
@@ -31,11 +34,13 @@ class Target:
             identity, where no inputs are known.
         mean: ``E[x] [K]``.
         drift: its mean, F and G, centred if H is.
+        shortfall: ``E[s]`` and ``E[s xᵀ]``, centred if H is; next to a drift only.
     """
 
     moment: Tensor | None = None
     mean: Tensor | None = None
     drift: Drift | None = None
+    shortfall: Shortfall | None = None
 
     @classmethod
     def of(cls, statistics: InputStatistics | None, centred: bool, device: torch.device) -> Target:
@@ -57,7 +62,12 @@ class Target:
             cross = torch.addr(cross, away, mean, alpha=-1)
         if second.trace() > moment.trace():
             return cls(moment, mean)
-        return cls(moment, mean, Drift(away, second, cross))
+        short = statistics.shortfall
+        if short is not None:
+            lacking, owed = short.mean.to(device), short.cross_moment.to(device)
+            owed = torch.addr(owed, lacking, mean, alpha=-1) if centred else owed
+            short = Shortfall(lacking, owed)
+        return cls(moment, mean, Drift(away, second, cross), short)
 
     def correction(self, damping: float, name: str) -> Tensor | None:
         """``G (H + damping · mean(diag H) · I)⁻¹ [K, K]``; ``None`` where nothing has drifted.
@@ -65,7 +75,21 @@ class Target:
         Raises:
             ProjectionError: H is singular after damping.
         """
-        if self.drift is None or self.moment is None or not bool(self.drift.cross_moment.any()):
+        drift = self.drift
+        return None if drift is None else self._regressed(drift.cross_moment, damping, name)
+
+    def owed(self, damping: float, name: str) -> Tensor | None:
+        """``E[s xᵀ] (H + damping · mean(diag H) · I)⁻¹ [N, K]``; ``None`` where nothing is lacking.
+
+        Raises:
+            ProjectionError: H is singular after damping.
+        """
+        short = self.shortfall
+        return None if short is None else self._regressed(short.cross_moment, damping, name)
+
+    def _regressed(self, cross: Tensor, damping: float, name: str) -> Tensor | None:
+        """``C (H + damping · mean(diag H) · I)⁻¹`` for a cross moment C ``[M, K]``."""
+        if self.moment is None or not bool(cross.any()):
             return None
         scale = self.moment.diagonal().mean()
         if scale <= 0:
@@ -78,7 +102,7 @@ class Target:
                 f"{name}: the input statistics are singular with damping = {damping}; raise "
                 f"damping (1e-3 is usual) or calibrate on more data"
             )
-        solved: Tensor = torch.cholesky_solve(self.drift.cross_moment.t(), factor).t()
+        solved: Tensor = torch.cholesky_solve(cross.t(), factor).t()
         return solved
 
     def lost(self, w: Tensor, e: Tensor) -> Tensor:

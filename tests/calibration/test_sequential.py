@@ -110,6 +110,55 @@ def test_statistics_are_those_of_the_compressed_prefix_and_its_drift(skip, maske
     assert all(model.get_submodule(layer.name) is layer.module for layer in layers)
 
 
+def summands_of(model, data, name):
+    """What the outputs of a block's last layer are added to, kept rows only."""
+    found, block, kept = [], model.get_submodule(name.rpartition(".")[0]), {}
+    for batch in data:
+        hooks = [
+            model.get_submodule(name).register_forward_hook(lambda m, a, y: kept.update(y=y)),
+            block.register_forward_hook(lambda m, a, out: kept.update(out=out.clone())),
+        ]
+        with torch.no_grad():
+            model(**batch)
+        for hook in hooks:
+            hook.remove()
+        mask = batch["attention_mask"].bool()
+        found.append((kept["out"].double() - kept["y"].double())[mask])
+    return found
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_shortfall_is_that_of_what_the_outputs_are_added_to(skip):
+    model, data = make(skip), batches()
+    dense = copy.deepcopy(model)
+    layers = find_layers(model, SS1Config(), {})
+    followed = []
+    with SequentialCalibration(model, layers, data, paired=True, held_out=True) as walk:
+        for group in walk.groups(progress=False):
+            for layer, statistics in group:
+                name, short = layer.name, statistics.shortfall
+                if short is None or not short.cross_moment.any():
+                    assert not name.endswith("down")
+                else:
+                    x = inputs_of(copy.deepcopy(model), data, [name])[name]
+                    mine, its = (summands_of(m, data, name) for m in (model, dense))
+                    s = [b - a for a, b in zip(mine, its, strict=True)]
+                    close = {"rtol": 1e-4, "atol": 1e-5}
+                    wanted = torch.cat(s).T @ torch.cat(x) / statistics.count
+                    torch.testing.assert_close(short.cross_moment, wanted, **close)
+                    torch.testing.assert_close(short.mean, torch.cat(s).mean(0), **close)
+                    apart = statistics.held_out.shortfall
+                    torch.testing.assert_close(apart.mean, s[3].mean(0), **close)
+                    kept = statistics.without_held_out().shortfall
+                    rest = torch.cat([*s[:3], *s[4:]]).mean(0)
+                    torch.testing.assert_close(kept.mean, rest, **close)
+                    followed.append(name)
+                layer.replacement = nn.Linear(*layer.weight.shape[::-1])
+                layer.replacement.weight = nn.Parameter(layer.weight.detach() * 0.9)
+                layer.replacement.bias = layer.bias
+    assert followed == [f"blocks.{i}.down" for i in range(3)]
+
+
 def check(found, rows, dense_rows):
     x, away = torch.cat(rows), torch.cat(dense_rows) - torch.cat(rows)
     assert found.count == len(x)
