@@ -37,6 +37,7 @@ from ss1_compile.kernels.triton_quantize_rows import (
     outputs,
     quantize_rows,
     row_scale,
+    starts_early,
 )
 
 _TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
@@ -73,10 +74,10 @@ def _gather_kernel(
     x, code, q, scale, M, J, K, G, K_c, s_xm, s_qj,
     C: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr,
     RAGGED: tl.constexpr, SPLIT_HASHES: tl.constexpr, QMAX: tl.constexpr, INTEGER: tl.constexpr,
-    TRIGGER: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BM rows of all hashes, or of one with SPLIT_HASHES; CHUNKS pieces of V vectors a row."""
-    if TRIGGER:
+    if PDL and EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     B8: tl.constexpr = BK // 8
     pid = tl.program_id(0)
@@ -114,6 +115,8 @@ def _gather_kernel(
             r = narrow(acc * (1.0 / s)[None, :, None], QMAX, INTEGER, q.dtype.element_ty)
             slot = v[:, None, None] * 8 + e
             tl.store(plane + rm * K_c + slot, r, mask=rows & (slot < K_c))
+    if PDL and not EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -145,13 +148,13 @@ def _permute_kernel(
     x, matrices, q, scale, M, J, K, G, K_c, s_xm, s_qj,
     C: tl.constexpr, CP: tl.constexpr, JP: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
     STAGES: tl.constexpr, RAGGED: tl.constexpr, QMAX: tl.constexpr, INTEGER: tl.constexpr,
-    TRIGGER: tl.constexpr, CHAINED: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """BM rows of JP hashes, supergroup by supergroup, twice."""
     if CHAINED:
         # the matrices are complete after the wait
         tl.extra.cuda.gdc_wait()
-    if TRIGGER:
+    if PDL and EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     B8: tl.constexpr = BK // 8
     U: tl.constexpr = CP * B8
@@ -200,6 +203,8 @@ def _permute_kernel(
             tl.store(scale + row, s, mask=rows[:, None] & (rj < J)[None, :])
             spread = tl.broadcast_to((1.0 / s)[:, None, :, None], (BM, 8, JP, B8))
             inverse = tl.reshape(spread, (BM * 8, V))
+    if PDL and not EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def default_variant(x: Tensor, code: Tensor, reduced: int) -> str:
@@ -239,7 +244,7 @@ def rotation(
         dtype: int8 or float8_e4m3fn.
         variant: ``"gather"``, ``"permute"`` or ``"two"``; None chooses.
         tile: ``(slots a program or rows a program, warps, stages)`` of gather or permute.
-        pdl: let a kernel launched with programmatic dependent launch start early (sm_90).
+        pdl: let a kernel launched with programmatic dependent launch begin before the end (sm_90).
     """
     hashes, groups, reduction = code.shape
     block_k = reduced_features // groups
@@ -264,7 +269,8 @@ def rotation(
         "RAGGED": x.shape[1] != reduction * reduced_features,
         "QMAX": Q_MAX[dtype],
         "INTEGER": dtype == torch.int8,
-        "TRIGGER": pdl,
+        "PDL": pdl,
+        "EARLY": starts_early(rows),
     }
     if variant == "permute":
         # 16 is the smallest side of a tensor-core product
