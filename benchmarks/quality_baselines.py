@@ -8,7 +8,7 @@ for methods that do not look at inputs) and c, and returns a dense ``Ŵ [N, K]``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,33 +36,32 @@ def aware_svd(weight: Tensor, moment: Tensor, reduction: float) -> Tensor:
     ``H = L Lᵀ`` (activation-aware SVD: SVD-LLM, ICLR 2025, section 3.1).
     """
     n, k = weight.shape
-    rank = max(1, int(n * k / (reduction * (n + k))))
-    factor = torch.linalg.cholesky(moment)
-    u, s, v = torch.linalg.svd(weight @ factor, full_matrices=False)
-    truncated = (u[:, :rank] * s[:rank]) @ v[:rank]
-    result: Tensor = torch.linalg.solve_triangular(factor, truncated, upper=False, left=False)
-    return result
+    return weighed_svd(weight, moment, max(1, int(n * k / (reduction * (n + k)))), weight)
 
 
-def weighed_svds(
-    weight: Tensor, moment: Tensor, ranks: Iterable[int], rows: Tensor
-) -> list[Tensor]:
-    """The best matrix of each rank for ``tr(Γ (W - Ŵ) H (W - Ŵ)ᵀ)``, for rows R, ``RᵀR = WᵀΓW``.
+def weighed_svd(weight: Tensor, moment: Tensor, rank: int, rows: Tensor) -> Tensor:
+    """The best matrix of a rank for ``tr(Γ (W - Ŵ) H (W - Ŵ)ᵀ)``, for rows R, ``RᵀR = WᵀΓW``.
 
     ``Ŵ = W L V Vᵀ L⁻¹`` with the leading right singular vectors V of ``R L`` (Fisher-weighted SVD,
     ICLR 2022, with the whole Γ and for the inputs' H).
     """
+    factor, vectors = directions(moment, rows)
+    return of_rank(weight, factor, vectors, rank)
+
+
+def directions(moment: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """L, and the right singular vectors of ``R L``, the leading ones first."""
     factor = torch.linalg.cholesky(moment)
-    wide, vectors = weight @ factor, torch.linalg.svd(rows @ factor, full_matrices=False)[2]
-    truncated = [wide @ v.T @ v for v in (vectors[:rank] for rank in ranks)]
-    return [
-        torch.linalg.solve_triangular(factor, each, upper=False, left=False) for each in truncated
-    ]
+    wide = rows @ factor
+    return factor, torch.linalg.eigh(wide.T @ wide)[1].flip(1)
 
 
-def weighed_svd(weight: Tensor, moment: Tensor, rank: int, rows: Tensor) -> Tensor:
-    """That of one rank."""
-    return weighed_svds(weight, moment, [rank], rows)[0]
+def of_rank(weight: Tensor, factor: Tensor, vectors: Tensor, rank: int) -> Tensor:
+    """``W L V Vᵀ L⁻¹`` for so many of the vectors."""
+    v = vectors[:, :rank]
+    truncated = weight @ factor @ v @ v.T
+    result: Tensor = torch.linalg.solve_triangular(factor, truncated, upper=False, left=False)
+    return result
 
 
 def monarch(weight: Tensor, moment: Tensor, reduction: float) -> Tensor:

@@ -43,18 +43,19 @@ def ours_planned(model: nn.Module, subject: Subject, c: float, seed: int) -> int
     """``compress`` with the configuration of ``plan``; the number of parameters left.
 
     ``compress`` chooses group sizes by the inputs of the compressed prefix, and slots come in
-    eights: where that makes more parameters than planned, the budget is lowered accordingly.
+    eights: that can make up to 3 % more parameters than planned. So 1 % is kept in reserve, and
+    where it does not suffice the budget is lowered accordingly.
     """
     budget = held(model, subject) / c
-    plan, asked = quality_planned.planned(subject, c, seed), 1 / c
+    asked = 0.99 / c
     while True:
+        plan = quality_planned.planned(subject, c, seed).solve(asked)
         trial = copy.deepcopy(model)
         _compress(trial, plan.config, subject.calibration(seed), True)
         left = held(trial, subject)
         if left <= budget:
             break
         asked *= 0.999 * budget / left
-        plan = plan.solve(asked)
     for name in subject.layers(model):
         model.set_submodule(name, trial.get_submodule(name))
     return left
@@ -143,6 +144,8 @@ def _approximated(
         rows = w if found is None else found
     rank = quality_planned.allowed_rank(tuple(w.shape), c)
 
+    known: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+
     def approximated(x: Tensor, of: Target, asymmetry: float, part: float) -> Tensor:
         assert of.moment is not None
         correction = of.correction(DAMPING, layer.name) if asymmetry else None
@@ -153,9 +156,12 @@ def _approximated(
             return x if correction is None else x + asymmetry * (x @ correction)
 
         goal = wanted(x) if owed is None else wanted(x) + part * owed
-        if method is None:
-            return baselines.weighed_svd(goal, moment, rank, wanted(rows))
-        return method(goal, moment, c)
+        if method is not None:
+            return method(goal, moment, c)
+        key = id(of), asymmetry
+        if key not in known:
+            known[key] = baselines.directions(moment, wanted(rows))
+        return baselines.of_rank(goal, *known[key], rank)
 
     asymmetry = part = 0.0
     if statistics.drift is not None and statistics.held_out is not None:

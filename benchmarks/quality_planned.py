@@ -115,11 +115,10 @@ def svd_errors(
     unseen = Target.of(statistics.held_out, centred, w.device)
     rows = weighed_rows([w], [statistics.gradients], fit)
     assert fit.moment is not None
-    approximations = baselines.weighed_svds(
-        w, baselines.damped(fit.moment), ranks, w if rows is None else rows
-    )
+    found = baselines.directions(baselines.damped(fit.moment), w if rows is None else rows)
     whole = unseen.whole(w)
-    return [(unseen.lost(w, w - a) / whole).sqrt().item() for a in approximations]
+    errors = (unseen.lost(w, w - baselines.of_rank(w, *found, rank)) / whole for rank in ranks)
+    return [error.sqrt().item() for error in errors]
 
 
 def allowed_rank(shape: tuple[int, ...], reduction: float) -> int:
