@@ -71,9 +71,31 @@ def test_tensors_that_do_not_tell_are_compared_each_time(compared):
 
 
 def test_memory_of_pairs_is_bounded(monkeypatch):
-    monkeypatch.setattr(fusion, "_PAIRS", 5)
-    check, a = fusion._StillEqual(0, 1), torch.ones(1)
+    monkeypatch.setattr(fusion, "_CALLS", 5)
+    check, a = fusion._StillEqual([(0, 1)]), torch.ones(1)
     kept = [torch.ones(1) for _ in range(12)]
     for b in kept:
         assert check((a, b))
         assert len(check.known) <= 5
+    kept.clear()
+    del b
+    assert not check.known
+
+
+def test_only_the_pairs_that_changed_are_compared_again(compared):
+    run = guarded(((1, 0), (2, 0), (4, 3)))
+    tensors = [torch.ones(4) for _ in range(5)]
+    assert run(*tensors) == "fused"
+    assert len(compared) == 3
+    tensors[4].mul_(1)
+    assert run(*tensors) == "fused"
+    assert len(compared) == 4
+    assert compared[-1] == (tensors[4], tensors[3])
+    tensors[0].add_(1)
+    with pytest.warns(SS1Warning, match="different sketches now"):
+        assert run(*tensors) == "original"
+    tensors[1].add_(1)
+    assert run(*tensors) == "original"  # the third is still another
+    tensors[2].add_(1)
+    assert run(*tensors) == "fused"
+    assert len(compared) == 4 + 2 + 1 + 1
