@@ -50,6 +50,9 @@ def heal(
     compile: Annotated[
         bool, typer.Option("--compile", help="torch.compile; pays on CUDA.")
     ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Record the steps; pays for small models on CUDA.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the batches.")] = 0,
     samples: Samples = 8192,
     max_tokens: MaxTokens = 128,
@@ -80,6 +83,7 @@ def heal(
             learning_rate=learning_rate,
             gradient_checkpointing=checkpointing,
             compile=compile,
+            cuda_graphs=cuda_graphs,
             seed=seed,
             evaluate_every=0 if held_out is None else max(1, (steps + block_steps) // 8),
         )

@@ -30,13 +30,40 @@ def outputs(model: nn.Module, batch: Any, output: Output | None = None) -> tuple
     Raises:
         CalibrationError: the model returns no floating tensor, or a batch of an unknown kind.
     """
+    found, mask, logits = tokens(model, batch, output)
+    if mask is not None:
+        found = found[mask]
+    return found.reshape(-1, found.shape[-1]), logits
+
+
+def tokens(
+    model: nn.Module, batch: Any, output: Output | None = None
+) -> tuple[Tensor, Tensor | None, bool]:
+    """The whole output, its mask if the batch has one that fits, and whether it is logits.
+
+    As :func:`outputs`, but no row is left out, so that the host need not wait for their number.
+
+    Returns:
+        ``[B, T, features]`` with a bool ``[B, T]``, or ``[..., features]`` with ``None``. Numbers
+        without features are rows of one.
+    """
     if output is not None:
         found, logits = output(model, batch), False
         if not isinstance(found, Tensor):
             raise CalibrationError(f"output() must return a tensor, got {type(found).__name__}")
     else:
         found, logits = _tensor_of(run_batch(model, batch, None))
-    return _rows(found, batch), logits
+    if found.dim() < 2:
+        found = found.reshape(-1, 1)
+    return found, mask_of(found, batch), logits
+
+
+def mask_of(found: Tensor, batch: Any) -> Tensor | None:
+    """The batch's mask on the tensor's device if it fits ``[B, T, ...]``, else ``None``."""
+    mask = attention_mask(batch)
+    if mask is None or found.dim() < 3 or found.shape[:2] != mask.shape:
+        return None
+    return mask.to(found.device)
 
 
 def _tensor_of(result: Any) -> tuple[Tensor, bool]:
@@ -57,15 +84,6 @@ def _tensor_of(result: Any) -> tuple[Tensor, bool]:
         f"the model returns a {type(result).__name__} without a floating tensor; pass "
         f"output=lambda model, batch: ..."
     )
-
-
-def _rows(found: Tensor, batch: Any) -> Tensor:
-    mask = attention_mask(batch)
-    if mask is not None and found.dim() > 2 and found.shape[:2] == mask.shape:
-        found = found[mask.to(found.device)]
-    if found.dim() < 2:
-        return found.reshape(-1, 1)
-    return found.reshape(-1, found.shape[-1])
 
 
 def divergence(dense: Tensor, compressed: Tensor, logits: bool) -> float:

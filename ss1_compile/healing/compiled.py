@@ -28,7 +28,7 @@ def compiled(models: Sequence[nn.Module], loss_of: Distillation) -> Iterator[Non
         loss_of: what is minimised.
     """
     # Dynamo gives up after eight forms of a function, and planned blocks differ in their sizes
-    limits = {"recompile_limit": _FORMS, "accumulated_recompile_limit": _FORMS}
+    limits = torch._dynamo.config.patch(recompile_limit=_FORMS, accumulated_recompile_limit=_FORMS)
     blocks = [model.get_submodule(name) for model in models for name in loss_of.blocks or [""]]
     forwards = [vars(block).get("forward") for block in blocks]
     try:
@@ -36,7 +36,7 @@ def compiled(models: Sequence[nn.Module], loss_of: Distillation) -> Iterator[Non
             block.forward = torch.compile(block.forward)
         loss_of.distance = torch.compile(distance)
         loss_of.mean_error = torch.compile(mean_error)
-        with torch._dynamo.config.patch(**limits):
+        with limits:
             yield
     finally:
         loss_of.distance, loss_of.mean_error = distance, mean_error

@@ -23,7 +23,7 @@ class HealConfig:
         steps: end-to-end optimiser steps.
         block_steps: steps block by block before them; 0 leaves them out.
         learning_rate: of AdamW, the greatest; it rises over the first 5 % of each phase and falls
-            to a tenth along a cosine.
+            to nothing along a cosine.
         hidden_weight: of the hidden states beside the outputs; 0 leaves them out.
         clip: greatest norm of the gradient.
         train: ``"ss1"`` trains SS1 layers, norms and the biases of the other layers; ``"all"``
@@ -35,6 +35,10 @@ class HealConfig:
             hundred steps on, on CUDA. Steps are then repeatable on the same software only, and a
             resumed run ends at nearly the same weights. Where it fails, healing warns and goes on
             without.
+        cuda_graphs: record each step's passes in a CUDA graph, one for each of the first 16 forms
+            of batches (structure, shapes, dtypes), so that small models do not wait for the host.
+            Needs memory for the largest batch of each form. Where it fails, healing warns and goes
+            on without.
         seed: of the order of the batches.
         save_every: steps between states written to the directory.
         evaluate_every: steps between evaluations; 0 evaluates before and after only.
@@ -52,6 +56,7 @@ class HealConfig:
     precision: Precision | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
     seed: int = 0
     save_every: int = 100
     evaluate_every: int = 0
@@ -71,7 +76,7 @@ class HealConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 <= value < math.inf or (name != "hidden_weight" and value == 0):
                 raise ConfigError(f"{name} must be a positive finite number, got {value!r}")
-        for name in ("gradient_checkpointing", "compile"):
+        for name in ("gradient_checkpointing", "compile", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.train not in ("ss1", "all"):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ss1_compile.evaluation import Evaluation, Output
 from ss1_compile.experts import SS1ExpertLinear
 from ss1_compile.healing.compiled import compiled
 from ss1_compile.healing.config import HealConfig, Healing
+from ss1_compile.healing.graphs import Graphs, as_recorded
 from ss1_compile.healing.loss import Distillation
 from ss1_compile.healing.prepare import make_accelerator, precision_of, prepared, to_device
 from ss1_compile.healing.state import HealingState, read_state, write_state
@@ -93,6 +95,9 @@ def heal(
             "block_steps needs a ModuleList or Sequential with SS1 layers in several members, "
             "which this model has not; use block_steps=0"
         )
+    device = next(model.parameters()).device
+    if config.cuda_graphs and device.type != "cuda":
+        raise ConfigError(f"cuda_graphs needs the model on a CUDA device, and it is on {device}")
     run = _Run((model, teacher), config, batches, loss_of, evaluation, directory)
     with prepared(model, teacher, config) as trained:
         run.train(trained, progress)
@@ -139,6 +144,7 @@ class _Run:
         self.directory = None if directory is None else Path(directory)
         self.precision = precision_of(self.model, config)
         self.sixteen = any(p.element_size() == 2 for p in self.model.parameters())
+        self._started = 0.0
         self.result = Healing(metric=None if evaluation is None else evaluation.name)
 
     def train(self, trained: dict[str, nn.Parameter], progress: bool) -> None:
@@ -160,41 +166,62 @@ class _Run:
             result.trained = sum(p.numel() for p in trained.values())
             if result.steps == 0:
                 self._evaluate("blocks" if config.block_steps else "model", accelerator)
+            self._started = time.perf_counter() - result.seconds
             if config.compile and result.steps < total:
                 stack.enter_context(self._compiled(trained, accelerator))
+            steps = {
+                phase: self._step(phase, list(trained.values()), accelerator)
+                for phase in ("blocks", "model")
+            }
             losses: list[Tensor] = []
             bar = stack.enter_context(_bar(progress))
             task = bar.add_task("healing", total=total, completed=result.steps, loss="")
             for step in range(result.steps, total):
-                started = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate * _rate(step, config)
-                losses.append(self._gradients(step, accelerator))
+                phase = self._phase(step)
+                losses.append(steps[phase](self.batches[self._at(step)]))
                 accelerator.clip_grad_norm_(list(trained.values()), config.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 result.steps = step + 1
-                result.seconds += time.perf_counter() - started
-                phase = self._phase(step)
                 last = result.steps in (total, config.block_steps)
                 if len(losses) == 10 or last:
                     self._note(phase, losses)
                     bar.update(task, loss=f"loss {result.curve[-1]['loss']:.4g}")
                     losses = []
                 every = config.evaluate_every
-                if last or (every and result.steps % every == 0):
-                    self._evaluate(phase, accelerator)
-                if self.directory and (last or result.steps % config.save_every == 0):
-                    self._save(trained, optimizer)
+                with self._paused():
+                    if last or (every and result.steps % every == 0):
+                        self._evaluate(phase, accelerator)
+                    if self.directory and (last or result.steps % config.save_every == 0):
+                        self._save(trained, optimizer)
                 bar.update(task, completed=result.steps)
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Time that is no training."""
+        self._tick()
+        yield
+        self._started = time.perf_counter() - self.result.seconds
+
+    def _tick(self) -> None:
+        self.result.seconds = time.perf_counter() - self._started
 
     def _phase(self, step: int) -> str:
         return "blocks" if step < self.config.block_steps else "model"
 
-    def _gradients(self, step: int, accelerator: Any) -> Tensor:
-        """The loss of the step's batch, whose gradients are added to the parameters'."""
-        batch = to_device(self.batches[self._at(step)], accelerator.device)
-        blocks = self._phase(step) == "blocks"
+    def _step(
+        self, phase: str, trained: list[nn.Parameter], accelerator: Any
+    ) -> Callable[[Any], Tensor]:
+        """``step(batch)``: the loss of a batch, whose gradients are added to the parameters'."""
+        move = partial(to_device, device=accelerator.device)
+        if self.config.cuda_graphs:
+            return Graphs(partial(self._backward, phase, accelerator), trained, move)
+        return lambda batch: self._backward(phase, accelerator, move(batch))
+
+    def _backward(self, phase: str, accelerator: Any, batch: Any) -> Tensor:
+        blocks = phase == "blocks"
         with accelerator.autocast():
             loss = (self.loss_of.block_by_block if blocks else self.loss_of.end_to_end)(batch)
         accelerator.backward(loss)
@@ -202,15 +229,16 @@ class _Run:
 
     def _compiled(self, trained: Mapping[str, nn.Parameter], accelerator: Any) -> ExitStack:
         """Compile, try it on the first batch of each phase that is to come, undo it if it fails."""
-        started = time.perf_counter()
         config, done = self.config, self.result.steps
         first = [done] if done >= config.block_steps else [done, config.block_steps]
         with ExitStack() as stack:
             stack.enter_context(compiled(self.models, self.loss_of))
             try:
-                for step in first:
-                    if step < config.block_steps + config.steps:
-                        self._gradients(step, accelerator)
+                with as_recorded() if config.cuda_graphs else nullcontext():
+                    for step in first:
+                        if step < config.block_steps + config.steps:
+                            batch = to_device(self.batches[self._at(step)], accelerator.device)
+                            self._backward(self._phase(step), accelerator, batch)
             except Exception as error:
                 # whatever a compiler fails with; what is no fault of its own comes again without it
                 stack.close()
@@ -222,7 +250,6 @@ class _Run:
                 )
             for parameter in trained.values():
                 parameter.grad = None
-            self.result.seconds += time.perf_counter() - started
             return stack.pop_all()
 
     def _at(self, step: int) -> int:
@@ -232,7 +259,8 @@ class _Run:
         return int(torch.randperm(len(self.batches), generator=generator)[index])
 
     def _note(self, phase: str, losses: list[Tensor]) -> None:
-        loss = float(torch.stack(losses).mean())
+        loss = float(torch.stack(losses).mean())  # waits for CUDA
+        self._tick()
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} at step {self.result.steps}; lower learning_rate "
@@ -267,7 +295,7 @@ class _Run:
 
 
 def _rate(step: int, config: HealConfig) -> float:
-    """Of the learning rate: up over 5 % of the phase, down to a tenth along a cosine."""
+    """Of the learning rate: up over 5 % of the phase, down to nothing along a cosine."""
     blocks = step < config.block_steps
     at = step if blocks else step - config.block_steps
     length = config.block_steps if blocks else config.steps
@@ -275,7 +303,7 @@ def _rate(step: int, config: HealConfig) -> float:
     if at < warm:
         return (at + 1) / warm
     done = (at - warm) / max(1, length - warm)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _bar(progress: bool) -> Progress:

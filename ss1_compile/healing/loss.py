@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ss1_compile.calibration.observer import attention_mask
-from ss1_compile.evaluation import Output, outputs
+from ss1_compile.evaluation import Output, mask_of, tokens
 from ss1_compile.experts import SS1ExpertLinear
 from ss1_compile.modules import SS1Linear
 
@@ -31,23 +30,35 @@ def relative_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
     return (a - b).square().sum() / b.square().sum().clamp(min=1e-20)
 
 
-def output_loss(student: Tensor, teacher: Tensor, logits: bool) -> Tensor:
-    """Of rows ``[M, features]``, float32.
+def output_loss(
+    student: Tensor, teacher: Tensor, logits: bool, mask: Tensor | None = None
+) -> Tensor:
+    """Of outputs ``[..., features]``, float32; the mean over rows.
 
     ``KL(softmax teacher ‖ softmax student)`` per row for logits (Hinton et al., 2015, temperature
     1); else ``1 - cosine`` plus the relative squared error.
+
+    Args:
+        student: its outputs.
+        teacher: likewise.
+        logits: whether they are.
+        mask: bool ``[...]``, of the rows that count; ``None`` means all.
     """
     a, b = student.float(), teacher.float()
     if logits:
-        return F.kl_div(
-            a.log_softmax(-1), b.log_softmax(-1), reduction="batchmean", log_target=True
-        )
-    return (1 - F.cosine_similarity(a, b, dim=-1)).mean() + relative_error(a, b)
+        rows = F.kl_div(
+            a.log_softmax(-1), b.log_softmax(-1), reduction="none", log_target=True
+        ).sum(-1)
+    else:
+        rows = 1 - F.cosine_similarity(a, b, dim=-1)
+    mean = rows.mean() if mask is None else torch.where(mask, rows, 0.0).sum() / mask.sum()
+    return mean if logits else mean + relative_error(a, b, mask)
 
 
 def distance(
     got: Tensor,
     wanted: Tensor,
+    mask: Tensor | None,
     logits: bool,
     made: Sequence[Tensor],
     dense: Sequence[Tensor],
@@ -57,15 +68,16 @@ def distance(
     """:func:`output_loss` plus ``weight`` times the mean :func:`relative_error` of hidden states.
 
     Args:
-        got: the student's output rows ``[M, features]``.
+        got: the student's outputs ``[..., features]``.
         wanted: the teacher's.
+        mask: of the rows that count.
         logits: whether they are.
         made: the student's hidden states; none leaves them out.
         dense: the teacher's.
         masks: of each hidden state.
         weight: of the hidden states.
     """
-    loss = output_loss(got, wanted, logits)
+    loss = output_loss(got, wanted, logits, mask)
     return loss + weight * mean_error(made, dense, masks) if made else loss
 
 
@@ -196,10 +208,10 @@ class Distillation:
         names = self.blocks if self._weight else []
         dense, made = Hidden(), Hidden()
         with torch.no_grad(), dense.watch(self._teacher, names):
-            wanted, logits = outputs(self._teacher, batch, self._output)
+            wanted, mask, logits = tokens(self._teacher, batch, self._output)
         with made.watch(self._student, names):
-            got, _ = outputs(self._student, batch, self._output)
-        return self.distance(got, wanted, logits, *_pairs(made, dense, batch), self._weight)
+            got, _, _ = tokens(self._student, batch, self._output)
+        return self.distance(got, wanted, mask, logits, *_pairs(made, dense, batch), self._weight)
 
     def block_by_block(self, batch: Any) -> Tensor:
         """Mean relative squared error of the blocks, each on the *dense* model's hidden state.
@@ -208,9 +220,9 @@ class Distillation:
         """
         dense, made = Hidden(), Hidden()
         with torch.no_grad(), dense.watch(self._teacher, self.blocks):
-            outputs(self._teacher, batch, self._output)
+            tokens(self._teacher, batch, self._output)
         with made.watch(self._student, self.blocks, replace=dense.before):
-            outputs(self._student, batch, self._output)
+            tokens(self._student, batch, self._output)
         return self.mean_error(*_pairs(made, dense, batch))
 
 
@@ -218,12 +230,6 @@ def _pairs(
     made: Hidden, dense: Hidden, batch: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
     """Hidden states of both models, and the mask of those that have the batch's tokens."""
-    mask, wanted = attention_mask(batch), list(dense.after.values())
-
-    def mask_of(hidden: Tensor) -> Tensor | None:
-        if mask is None or hidden.dim() < 3 or hidden.shape[:2] != mask.shape:
-            return None
-        return mask.to(hidden.device)
-
+    wanted = list(dense.after.values())
     ours = [made.after[name] for name in dense.after]
-    return ours, wanted, [mask_of(hidden) for hidden in wanted]
+    return ours, wanted, [mask_of(hidden, batch) for hidden in wanted]
