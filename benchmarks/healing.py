@@ -24,7 +24,7 @@ from typing import Any
 
 import harness
 import torch
-from healing_subjects import SUBJECTS, Subject, read_texts
+from healing_subjects import SUBJECTS, Options, Subject, read_texts
 from safetensors import safe_open
 from torch import nn
 
@@ -36,10 +36,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "minilm": {"reduction": 4.0, "batch": 128, "steps": 4000},
     "smollm2": {"reduction": 2.0, "batch": 32, "steps": 1500},
 }
-COMPRESSION = ("reduction", "plan", "sequential", "seed")
+COMPRESSION = ("projection", "reduction", "plan", "sequential", "seed")
 TRAINING = (
-    *("train", "texts", "batch", "steps", "block_steps", "learning_rate", "hidden_weight"),
-    "evaluations",
+    *("train", "texts", "cuts", "sampled", "batch", "steps", "block_steps", "learning_rate"),
+    *("hidden_weight", "compile", "cuda_graphs", "evaluations"),
 )
 SETTINGS = (*COMPRESSION, *TRAINING)
 
@@ -98,8 +98,8 @@ class Run:
         """The dense model's copy, compressed as the arguments say (by an earlier run maybe)."""
         subject, arguments = self.subject, self.arguments
         config = ss1_compile.SS1Config(
-            projection="learned",
-            reduction=arguments.reduction,
+            projection=arguments.projection,
+            reduction=int(whole) if (whole := arguments.reduction).is_integer() else whole,
             exclude=subject.exclude,
             warn_error=10.0,
         )
@@ -170,6 +170,8 @@ class Run:
             learning_rate=arguments.learning_rate,
             hidden_weight=arguments.hidden_weight,
             train=arguments.train,
+            compile=arguments.compile,
+            cuda_graphs=arguments.cuda_graphs,
             evaluate_every=self.every,
             save_every=max(1, self.every // 2),
             seed=arguments.seed,
@@ -190,7 +192,13 @@ class Run:
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two rows are of the same run."""
-    return all(one.get(name) == other[name] for name in ("model", *SETTINGS, "on"))
+    old = {
+        "cuts": 1,
+        "sampled": 0,
+        "compile": False,
+        "cuda_graphs": False,
+    }  # of rows from before there were these
+    return all({**old, **one}.get(name) == other[name] for name in ("model", *SETTINGS, "on"))
 
 
 def read_rows() -> list[dict[str, Any]]:
@@ -210,6 +218,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=SUBJECTS, default="minilm")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--reduction", type=float)
+    parser.add_argument("--projection", choices=("learned", "calibrated"), default="learned")
     parser.add_argument("--plan", action="store_true", help="planned c's of equal cost")
     parser.add_argument("--one-shot", dest="sequential", action="store_false")
     parser.add_argument("--train", choices=("ss1", "all"), default="ss1")
@@ -217,6 +226,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--more", type=Path, nargs="+", default=[], help="text or HTML to train on, too"
     )
+    parser.add_argument("--cuts", type=int, default=1, help="cut the articles so often (minilm)")
+    parser.add_argument("--sampled", type=int, default=0, help="windows of text to sample, too")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the steps")
+    parser.add_argument("--cuda-graphs", action="store_true", help="record the steps")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--block-steps", type=int, default=0)
@@ -237,13 +250,16 @@ def main() -> None:
     """Measure one row."""
     arguments = parse()
     torch.manual_seed(arguments.seed)
-    subject = SUBJECTS[arguments.model](
-        arguments.device,
-        arguments.texts,
-        arguments.batch,
-        arguments.seed,
-        read_texts(arguments.more),
+    options = Options(
+        texts=arguments.texts,
+        batch=arguments.batch,
+        seed=arguments.seed,
+        more=read_texts(arguments.more),
+        cuts=arguments.cuts,
+        sampled=arguments.sampled,
+        directory=arguments.directory,
     )
+    subject = SUBJECTS[arguments.model](arguments.device, options)
     try:
         Run(subject, arguments).heal()
     except OutOfTime:

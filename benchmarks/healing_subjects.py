@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import random
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import quality_models
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import ss1_compile
 from ss1_compile.demo.data import load_articles, load_model, load_sentences, tokenize
 from ss1_compile.demo.measure import embed, rank_correlation
 from ss1_compile.evaluation import Output
 
 Batch = dict[str, Tensor]
 UNSEEN, CALIBRATION = 256, 512
+PADDED_TO = 16
+PROMPT, AT_ONCE = 16, 4096
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train on.
+
+    Attributes:
+        texts: at most so many; ``None`` takes all.
+        batch: texts per batch.
+        seed: of splits and orders.
+        more: further plain text.
+        cuts: how often articles are cut into spans, each time elsewhere.
+        sampled: texts that a language model samples itself.
+        directory: where these are kept.
+    """
+
+    texts: int | None
+    batch: int
+    seed: int
+    more: Sequence[str] = ()
+    cuts: int = 1
+    sampled: int = 0
+    directory: Path = Path("out/healing")
 
 
 class Subject(Protocol):
@@ -63,6 +92,23 @@ def spans(bodies: Iterable[str], seed: int) -> list[str]:
     return texts
 
 
+def all_spans(
+    bodies: Sequence[str],
+    further: Sequence[str],
+    options: Options,
+    unwanted: Sequence[str] = (),
+) -> list[str]:
+    """The spans of so many cuts of ``bodies`` and one of ``further``, in random order.
+
+    Each once, and none of the unwanted.
+    """
+    cut = [text for i in range(options.cuts) for text in spans(bodies, options.seed + 1000 * i)]
+    left = set(unwanted)
+    found = [t for t in dict.fromkeys(cut + spans(further, options.seed)) if t not in left]
+    random.Random(options.seed).shuffle(found)
+    return found[: options.texts]
+
+
 def pooled(model: nn.Module, batch: Any) -> Tensor:
     """Sentence embeddings ``[texts, features]``, differentiable."""
     hidden = model(**batch).last_hidden_state
@@ -77,34 +123,34 @@ class MiniLM:
 
     Args:
         device: to run on.
-        texts: spans to train on at most; ``None`` takes all.
-        batch: texts per training batch.
-        seed: of the split of the articles.
-        more: further plain text to train on.
+        options: ``texts`` (spans to train on at most; ``None`` takes all), ``batch`` (texts per
+            training batch), ``seed`` (of the split of the articles), ``more`` (further plain text
+            to train on), ``cuts`` (how often the articles are cut into spans), ``sampled`` (windows
+            that SmolLM2 samples, which begin as windows of the articles do).
     """
 
     name = "all-MiniLM-L6-v2"
     exclude: tuple[str, ...] = ()
     unit = "texts"
 
-    def __init__(
-        self, device: torch.device, texts: int | None, batch: int, seed: int, more: Sequence[str]
-    ) -> None:
+    def __init__(self, device: torch.device, options: Options) -> None:
+        seed, batch = options.seed, options.batch
         model, tokenizer = load_model()
         self.dense: nn.Module = model.to(device)
         self.output: Output | None = pooled
         articles = load_articles(1700, 0, 200, seed=seed)
         unseen = spans((article.body for article in articles.held_out), seed)[:UNSEEN]
-        held_out = set(unseen)
-        mine = [" ".join(text.split()) for text in more]
-        training = spans([*(article.body for article in articles.calibration), *mine], seed)
-        training = [text for text in training if text not in held_out][:texts]
-        self.texts = len(training)
+        bodies = [article.body for article in articles.calibration]
+        further = [" ".join(text.split()) for text in options.more]
+        if options.sampled:
+            further += sampled_news(device, bodies, options)
+        training = all_spans(bodies, further, options, unwanted=unseen)
 
         def batches(part: Sequence[str], size: int) -> list[Batch]:
             return tokenize(tokenizer, sorted(part, key=len), batch_size=size)
 
-        self.training = batches(training, batch)
+        self.training = [padded(one) for one in whole(batches(training, batch), batch)]
+        self.texts = batch * len(self.training)
         self.calibration = on(device, batches(training[:CALIBRATION], 32))
         self._unseen = {
             "": on(device, batches(unseen, 32)),
@@ -129,17 +175,16 @@ class SmolLM2:
 
     Args:
         device: to run on.
-        texts: windows of 256 tokens to train on at most; ``None`` takes all.
-        batch: windows per training batch.
-        seed: of the order of the windows, and which of them calibrate.
-        more: further plain text to train on.
+        options: ``texts`` (windows of 256 tokens to train on at most; ``None`` takes all),
+            ``batch`` (windows per training batch), ``seed`` (of the order of the windows, and
+            which of them calibrate), ``more`` (further plain text to train on), ``sampled``
+            (windows that the model samples, which begin as some of the others do).
     """
 
     unit = "windows of 256 tokens"
 
-    def __init__(
-        self, device: torch.device, texts: int | None, batch: int, seed: int, more: Sequence[str]
-    ) -> None:
+    def __init__(self, device: torch.device, options: Options) -> None:
+        seed, batch = options.seed, options.batch
         self._subject = quality_models.SmolLM2(device)
         self.name, self.exclude = self._subject.name, self._subject.exclude
         self.dense, self.output = self._subject.model, None
@@ -147,17 +192,63 @@ class SmolLM2:
         news = load_articles(2000, 0, 0, seed=seed).calibration
         windows = self._subject.windows_but_evaluated()
         windows += self._subject.windows(["\n".join((a.title, a.body)) for a in news])
-        windows += self._subject.windows(more)
+        windows += self._subject.windows(options.more)
+        if options.sampled:
+            windows += sampled_windows(self._subject, windows, options)
         random.Random(seed).shuffle(windows)
-        windows = windows[:texts]
-        self.texts = len(windows)
+        windows = windows[: options.texts]
         stacks = [torch.stack(windows[i : i + batch]) for i in range(0, len(windows), batch)]
-        self.training: list[Batch] = [{"input_ids": stack} for stack in stacks]
+        self.training: list[Batch] = whole([{"input_ids": stack} for stack in stacks], batch)
+        self.texts = batch * len(self.training)
 
     def figures(self, model: nn.Module) -> dict[str, float]:
         """Perplexity, and nats per token."""
         found = self._subject.evaluate(model)
         return {"perplexity": found["perplexity"], "nll": found["nll"]}
+
+
+def sampled_windows(
+    subject: quality_models.SmolLM2, windows: Sequence[Tensor], options: Options
+) -> list[Tensor]:
+    """Windows that the language model samples, each beginning as one of ``windows`` does.
+
+    From a file if they are there already.
+    """
+    path = options.directory / f"sampled-{options.sampled}-{options.seed}.safetensors"
+    if not path.is_file():
+        batches = ss1_compile.sample_texts(
+            copy.deepcopy(subject.model).bfloat16(),
+            options.sampled,
+            subject.window,
+            prompts=torch.stack([window[:PROMPT] for window in windows]),
+            at_once=AT_ONCE,
+            seed=options.seed,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"input_ids": torch.cat([b["input_ids"] for b in batches])}, path)
+    return list(load_file(path)["input_ids"])
+
+
+def sampled_news(device: torch.device, bodies: Sequence[str], options: Options) -> list[str]:
+    """What SmolLM2 makes of the beginnings of windows of news, as text."""
+    subject = quality_models.SmolLM2(device)
+    windows = sampled_windows(subject, subject.windows(bodies), options)
+    texts = subject.texts(windows)
+    return [" ".join(text.split()) for text in texts]
+
+
+def whole(batches: list[Batch], size: int) -> list[Batch]:
+    """Those of ``size`` texts: another size would be compiled once more for one batch.
+
+    The only batch stays, whatever its size.
+    """
+    return [b for b in batches if len(b["input_ids"]) == size] or batches[:1]
+
+
+def padded(batch: Batch) -> Batch:
+    """Padded further, to one of a few lengths."""
+    more = -batch["input_ids"].shape[1] % PADDED_TO
+    return {name: nn.functional.pad(tensor, (0, more)) for name, tensor in batch.items()}
 
 
 def on(device: torch.device, batches: list[Batch]) -> list[Batch]:

@@ -171,6 +171,11 @@ class SmolLM2:
         random.Random(0).shuffle(rows)
         return rows
 
+    def texts(self, windows: Sequence[Tensor]) -> list[str]:
+        """The text of windows of tokens."""
+        found: list[str] = self._tokenizer.batch_decode(windows, skip_special_tokens=True)
+        return found
+
     def windows_but_evaluated(self) -> list[Tensor]:
         """Those of all articles but the ones that the model is judged by."""
         return list(self._calibration)

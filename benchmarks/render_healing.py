@@ -22,6 +22,8 @@ Row = dict[str, Any]
 def settings(row: Row) -> str:
     """How the row came about, where it is not the default."""
     words = [f"c = {row['reduction']:g}, {'planned' if row['plan'] else 'uniform'}"]
+    if row.get("projection") == "calibrated":
+        words.append("rotations")
     if not row["sequential"]:
         words.append("one-shot")
     if row["train"] == "all":
