@@ -53,6 +53,11 @@ def largest(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["calibration_tokens"] > 0.8 * most]
 
 
+def fresh(rows: Sequence[Row]) -> list[Row]:
+    """Those that were not measured before a change, if there are any."""
+    return [row for row in rows if "note" not in row] or list(rows)
+
+
 def tables(result: Mapping[str, Any]) -> str:
     """One table per model and reduction."""
     parts = []
@@ -66,13 +71,14 @@ def tables(result: Mapping[str, Any]) -> str:
             lines = [
                 [f"**{m}**" if m in BARS else m, str(len(found)), *(cell(found, n) for n in names)]
                 for m in methods
-                for found in [pick(rows, method=m)]
+                for found in [fresh(pick(rows, method=m))]
             ]
             tokens = round(fmean(row["calibration_tokens"] for row in rows))
             known = ", ".join(f"{COLUMNS[n]} {dense[n]:.3f}" for n in names if n in dense)
             text = f"{tokens} calibration tokens per seed; dense: {known}."
-            for note in sorted({row["note"] for row in rows if row.get("note")}):
-                told = dict.fromkeys(row["method"] for row in rows if row.get("note") == note)
+            shown = [row for m in methods for row in fresh(pick(rows, method=m))]
+            for note in sorted({row["note"] for row in shown if row.get("note")}):
+                told = dict.fromkeys(row["method"] for row in shown if row.get("note") == note)
                 text += f" Measured before a change: {note} ({', '.join(told)})."
             parts.append(
                 f"## {model}, c = {c:g}\n\n{text}\n\n"
@@ -93,7 +99,7 @@ def aims(result: Mapping[str, Any]) -> str:
         for c in sorted({row["c"] for row in of_model}):
             rows = largest(pick(of_model, c=c))
             for method, bars in BARS.items():
-                ours = pick(rows, method=method)
+                ours = fresh(pick(rows, method=method))
                 where = f"{dense['model']}, c = {c:g}{method.removeprefix(OURS)}"
                 if not ours:
                     continue
@@ -109,7 +115,8 @@ def aims(result: Mapping[str, Any]) -> str:
                     add(f"{where}: error alone, one-shot", "≤ 0.22", alone, alone <= 0.22)
                 figure, sign = ("nll", -1) if "nll" in dense else ("cosine", 1)
                 for bar in bars:
-                    if found := pick(rows, method=bar):
+                    found = fresh(pick(rows, method=bar))
+                    if found and ours[0].get("note") == found[0].get("note"):
                         mine, its = (fmean(row[figure] for row in x) for x in (ours, found))
                         lead = sign * (mine - its)
                         add(f"{where}: {figure}, lead over {bar}", "> 0", lead, lead > 0)
