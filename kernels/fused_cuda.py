@@ -82,6 +82,29 @@ def activation_sketch(
     return sketched
 
 
+def _as_one(
+    rows: int, z: Sequence[Tensor], bias: Sequence[Tensor | None]
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """z and biases of layers that read the same rows (J = 1), as one where that is faster."""
+    biased = [part for part in bias if part is not None]
+    if biased and len(biased) < len(bias):
+        return z, bias
+    together, start = _adjacent(z), _adjacent(bias)
+    if together is not None and (start is not None or not biased):
+        return [together], [start]
+    if not _packing_pays(rows, z):
+        return z, bias
+    from ss1_compile.kernels import triton_pack
+
+    with device_of(z[0]):
+        return [triton_pack.pack(z)], [triton_pack.pack(biased) if biased else None]
+
+
+def _packing_pays(rows: int, z: Sequence[Tensor]) -> bool:
+    """Whether one product behind a copy of the weights beats one for each."""
+    return rows >= 4096 and max(part.shape[0] for part in z) <= 2048
+
+
 def _adjacent(parts: Sequence[Tensor | None]) -> Tensor | None:
     """The parts as one tensor, where each begins in memory where the one before it ends."""
     first = parts[0]
@@ -204,10 +227,7 @@ def matmul(
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
     if sketched.shape[0] == 1 and len(z) > 1:
-        together = _adjacent(z)
-        start = _adjacent(bias)
-        if together is not None and (start is not None or all(b is None for b in bias)):
-            z, bias = [together], [start]
+        z, bias = _as_one(sketched.shape[1], z, bias)
     y = sketched.new_empty(sketched.shape[1], sum(part.shape[0] for part in z))
     with device_of(sketched):
         if len(z) == 1:

@@ -25,6 +25,7 @@ from ss1_compile.kernels import (
     triton_gemm,
     triton_gemm_sketch,
     triton_norm,
+    triton_pack,
     triton_quantize_rows,
     triton_quantized_decode,
     triton_quantized_gemm,
@@ -135,6 +136,7 @@ def launch_fused():
         triton_activation.activation_sketch(x, None, code, 256, "gelu")
         triton_activation.activation_sketch(wide[:, :1024], wide[:, 1024:], code, 256, "silu")
     triton_epilogue.finish(x, vector, x, "gelu")
+    triton_pack.pack([x[:8], x[:16], x[:8]])
     for rows, reduced, size, rank in ((4096, 256, 128, 32), (16, 512, 192, 48)):
         narrow, blocks = zeros(1, rows, reduced), zeros(1, 16, size, rank)
         for gate in (None, (zeros(2048, reduced), None)):

@@ -112,6 +112,28 @@ def test_norm_sketch_of_any_shape(rows, features, c, hashes, block_k, learned):
         assert_close(out, sketch_reference(expected, code, reduced), factor=3)
 
 
+@pytest.mark.parametrize("biased", [(False, False), (True, True), (True, False)])
+def test_layers_apart_in_memory_are_packed(biased, monkeypatch):
+    """Into one product, unless only some have a bias."""
+    products = []
+    product = fused_cuda._product
+    monkeypatch.setattr(fused_cuda, "_packing_pays", lambda rows, z: rows > 4)
+    monkeypatch.setattr(
+        fused_cuda, "_product", lambda *given: (products.append(given), product(*given))
+    )
+    sketched = randn(1, 5, 40, dtype=torch.float16)
+    z = [randn(n, 40, dtype=torch.float16) for n in (60, 30)]
+    bias = [randn(part.shape[0]).half() if b else None for part, b in zip(z, biased, strict=True)]
+    y = fused_cuda.matmul(sketched, z, bias, None, "relu")
+    assert len(products) == (1 if biased[0] == biased[1] else 2)
+    doubled = [None if start is None else start.double() for start in bias]
+    exact = [part.double() for part in z]
+    assert_close(y, fused_portable.matmul(sketched.double(), exact, doubled, None, "relu"))
+    products.clear()
+    fused_cuda.matmul(sketched[:, :4], z, bias, None, "relu")
+    assert len(products) == 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hashes", [1, 3])
 @pytest.mark.parametrize("rows", [1, 9, 70])
