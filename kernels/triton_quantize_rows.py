@@ -26,14 +26,13 @@ from ss1_compile.kernels.quantize import Q_MAX, SMALLEST_SCALE
 _WIDEST = 8192
 _VALUES = 4096
 _SMALLEST = tl.constexpr(SMALLEST_SCALE)
-# Adding and subtracting 1.5·2²³ rounds a float32 below 2²² to an integer, ties to even.
 _ROUNDING = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def magnitude(v):
-    """|v|, and infinity for a NaN, which a maximum would lose."""
-    return tl.where(v == v, tl.abs(v), float("inf"))
+def larger(a, b):
+    """The larger one; NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -45,12 +44,23 @@ def row_scale(amax, QMAX: tl.constexpr):
 
 
 @triton.jit
-def narrow(r, QMAX: tl.constexpr, INTEGER: tl.constexpr, TO: tl.constexpr):
-    """r, divided by its scale already, in the quantised type; 0 for a NaN."""
-    r = tl.where(r == r, tl.minimum(tl.maximum(r, -QMAX), QMAX), 0.0)
+def inverse_scale(scale):
+    """What :func:`narrow` multiplies with; 0 for a row that is not finite."""
+    return tl.where(scale == scale, 1.0 / scale, 0.0)
+
+
+@triton.jit
+def narrow(v, inverse, INTEGER: tl.constexpr, TO: tl.constexpr):
+    """Divide v by its scale, into the quantised type; 0 where the inverse scale is.
+
+    Nothing to clamp: the largest value of a row becomes q_max but for rounding. Every instruction
+    here is one per value of the sketch.
+    """
     if INTEGER:
-        return ((r + _ROUNDING) - _ROUNDING).to(tl.int32).to(tl.int8)
-    return r.to(TO)
+        # 1.5·2²³ + r is rounded to an integer, ties to even, which its last byte holds
+        bits = (v * inverse + _ROUNDING).to(tl.int32, bitcast=True)
+        return tl.where(inverse > 0.0, bits, 0).to(tl.int8)
+    return tl.where(inverse > 0.0, v * inverse, 0.0).to(TO)
 
 
 @triton.jit(do_not_specialize=["TOTAL"])
@@ -78,16 +88,17 @@ def _rows_kernel(
         mask = inside[:, None] & (slot < K_c)[None, :]
         v = tl.load(rows + mine[:, None] * K_c + slot[None, :], mask=mask, other=0.0)
         v = v.to(tl.float32)
-        best = tl.maximum(best, magnitude(v))
-    s = row_scale(tl.max(best, axis=1), QMAX)
+        best = larger(best, tl.abs(v))
+    s = row_scale(tl.reduce(best, 1, larger), QMAX)
     tl.store(scale + first + mine, s, mask=inside)
+    inverse = inverse_scale(s)[:, None]
     for chunk in range(CHUNKS):
         slot = chunk * BLOCK + k
         mask = inside[:, None] & (slot < K_c)[None, :]
         at = mine[:, None] * K_c + slot[None, :]
         if CHUNKS > 1:
             v = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
-        r = narrow(v * (1.0 / s)[:, None], QMAX, INTEGER, q.dtype.element_ty)
+        r = narrow(v, inverse, INTEGER, q.dtype.element_ty)
         tl.store(q + at, r, mask=mask)
     if PDL and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()

@@ -32,7 +32,8 @@ from ss1_compile.kernels import triton_blocks, triton_sketch
 from ss1_compile.kernels.quantize import Q_MAX
 from ss1_compile.kernels.triton_decode import dependent_launch
 from ss1_compile.kernels.triton_quantize_rows import (
-    magnitude,
+    inverse_scale,
+    larger,
     narrow,
     outputs,
     quantize_rows,
@@ -99,20 +100,21 @@ def _gather_kernel(
         if CHUNKS == 1:
             v = tl.arange(0, V)
             acc = _gathered(x, code, j, v, rm, rows, K, G, s_xm, C, B8, RAGGED, BM, V)
-            amax = tl.max(tl.max(magnitude(acc), axis=2), axis=0)
+            amax = tl.reduce(tl.reduce(tl.abs(acc), 2, larger), 0, larger)
         else:
             for chunk in range(CHUNKS):
                 v = chunk * V + tl.arange(0, V)
                 acc = _gathered(x, code, j, v, rm, rows, K, G, s_xm, C, B8, RAGGED, BM, V)
-                amax = tl.maximum(amax, tl.max(tl.max(magnitude(acc), axis=2), axis=0))
+                amax = larger(amax, tl.reduce(tl.reduce(tl.abs(acc), 2, larger), 0, larger))
         s = row_scale(amax, QMAX)
         tl.store(scale + j * M + row0 + scale_rows, s, mask=scale_rows < M - row0)
+        inverse = inverse_scale(s)[None, :, None]
         plane = q + tl.cast(j, tl.int64) * s_qj
         for chunk in range(CHUNKS):
             v = chunk * V + tl.arange(0, V)
             if CHUNKS > 1:
                 acc = _gathered(x, code, j, v, rm, rows, K, G, s_xm, C, B8, RAGGED, BM, V)
-            r = narrow(acc * (1.0 / s)[None, :, None], QMAX, INTEGER, q.dtype.element_ty)
+            r = narrow(acc, inverse, INTEGER, q.dtype.element_ty)
             slot = v[:, None, None] * 8 + e
             tl.store(plane + rm * K_c + slot, r, mask=rows & (slot < K_c))
     if PDL and not EARLY:
@@ -187,21 +189,22 @@ def _permute_kernel(
             a = tl.reshape(tl.permute(tl.reshape(v, (BM, U, 8)), (0, 2, 1)), (BM * 8, U))
             y = tl.dot(a, tl.load(matrices + g * (U * V)))
             if phase == 0:
-                best = tl.maximum(best, magnitude(y))
+                best = larger(best, tl.abs(y))
             else:
-                r = narrow(y * inverse, QMAX, INTEGER, q.dtype.element_ty)
+                r = narrow(y, inverse, INTEGER, q.dtype.element_ty)
                 r = tl.reshape(tl.permute(tl.reshape(r, (BM, 8, V)), (0, 2, 1)), (BM, V * 8))
                 ocol = jo.to(tl.int64) * s_qj + g * BK + (co & (BK - 1))
                 ocol = tl.max_contiguous(tl.multiple_of(ocol, 8), 8)
                 at = q + rm[:, None] * K_c + ocol[None, :]
                 tl.store(at, r, mask=rows[:, None] & (jo < J)[None, :])
         if phase == 0:
-            amax = tl.max(tl.max(tl.reshape(best, (BM, 8, JP, B8)), axis=3), axis=1)
+            lanes = tl.reshape(best, (BM, 8, JP, B8))
+            amax = tl.reduce(tl.reduce(lanes, 3, larger), 1, larger)
             s = row_scale(amax, QMAX)
             rj = j0 + tl.arange(0, JP)
             row = rj[None, :] * M + row0 + rm[:, None]
             tl.store(scale + row, s, mask=rows[:, None] & (rj < J)[None, :])
-            spread = tl.broadcast_to((1.0 / s)[:, None, :, None], (BM, 8, JP, B8))
+            spread = tl.broadcast_to(inverse_scale(s)[:, None, :, None], (BM, 8, JP, B8))
             inverse = tl.reshape(spread, (BM * 8, V))
     if PDL and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
