@@ -85,7 +85,7 @@ def activation_sketch(
 def _as_one(
     rows: int, z: Sequence[Tensor], bias: Sequence[Tensor | None]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-    """z and biases of layers that read the same rows (J = 1), as one where that is faster."""
+    """Weights and biases of layers that read the same rows (J = 1), as one where that is faster."""
     biased = [part for part in bias if part is not None]
     if biased and len(biased) < len(bias):
         return z, bias
