@@ -108,7 +108,8 @@ def _power(matrices: Tensor, exponent: float) -> Tensor:
     """Of symmetric positive definite matrices ``[G, r, r]``."""
     values, vectors = torch.linalg.eigh((matrices + matrices.mT) / 2)
     least = values[:, -1:] * torch.finfo(values.dtype).eps
-    return (vectors * values.maximum(least).pow(exponent).unsqueeze(1)) @ vectors.mT
+    powered: Tensor = (vectors * values.maximum(least).pow(exponent).unsqueeze(1)) @ vectors.mT
+    return powered
 
 
 def _rows(z: Tensor, hashes: int, j: int) -> slice:

@@ -243,7 +243,8 @@ def main():
         launch_quantized(torch.float8_e4m3fn)
     for kernel, args, kwargs in calls:
         uses_tma = kernel.fn.__name__ in ("_gemm_kernel", "_gemm_sketch_kernel")
-        if capability < 90 and (kwargs.get("PDL") or uses_tma):
+        chained = kwargs.get("PDL") or kwargs.get("CHAINED")
+        if capability < 90 and (chained or uses_tma):
             continue  # not launched there
         compiled, values = compile_for(capability, kernel, args, kwargs)
         assert records_every_parameter(compiled, values), kernel.fn.__name__
@@ -259,6 +260,7 @@ def main():
                     "copies_16_bytes": "cp.async.cg" in ptx or "cp.async.bulk" in ptx,
                     "tensor_cores": "wgmma" in ptx or "mma.sync" in ptx,
                     "shared": compiled.metadata.shared,
+                    "programs": kwargs.get("PROGRAMS"),
                 }
             )
         )

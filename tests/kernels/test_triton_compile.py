@@ -27,7 +27,9 @@ def test_kernels_compile_without_a_gpu(capability):
     assert len(kernels) >= 18
     for kernel in kernels:
         assert not kernel["spilled"], kernel
-        assert kernel["shared"] <= SHARED_BYTES[capability], kernel
+        together = max(1, (kernel["programs"] or 0) // 132)
+        # each takes 1 KiB more than it asks for
+        assert together * (kernel["shared"] + 1024) <= SHARED_BYTES[capability] + 1024, kernel
         name = kernel["kernel"]
         products = ("_gemm_kernel", "_gemm_sketch_kernel")
         if name in ("_permute_kernel", "_block_kernel", "_stream_kernel", *products):
