@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -14,17 +12,12 @@ import torch
 
 from ss1_compile.errors import ConfigError, StructureError
 from ss1_compile.learned import LearnedStructure, Structure
-from ss1_compile.structure import HASH_FAMILIES, HashFamily, SS1Structure
+from ss1_compile.option_checks import PER_LAYER, check_options, reject_unknown_keys
+from ss1_compile.structure import HashFamily, SS1Structure
 
 ProjectionMethod = Literal["average", "calibrated", "learned"]
 Quantization = Literal["int8_weight_only", "int8_dynamic", "fp8_dynamic"]
 Rounding = Literal["nearest", "calibrated"]
-
-_PROJECTIONS = (None, "average", "calibrated", "learned")
-_QUANTIZATIONS = (None, "int8_weight_only", "int8_dynamic", "fp8_dynamic")
-_ROUNDINGS = ("nearest", "calibrated")
-_PER_LAYER = ("reduction", "quantization", "quantization_group_size", "rounding")
-"""The options that a mapping in ``overrides`` may hold."""
 
 
 @dataclass(frozen=True)
@@ -152,97 +145,16 @@ class SS1Config:
             for pattern, override in self.overrides.items()
         }
         object.__setattr__(self, "overrides", overrides)
-        _require_choice("projection", self.projection, _PROJECTIONS)
-        self._check_reduction("reduction", self.reduction)
-        self._check_quantization("", vars(self))
-        for pattern, override in self.overrides.items():
-            if not isinstance(pattern, str):
-                raise ConfigError(f"overrides must map patterns to reductions, got {pattern!r}")
-            if isinstance(override, Mapping):
-                self._check_override(f"overrides[{pattern!r}]", override)
-            elif override is not None:
-                self._check_reduction(f"overrides[{pattern!r}]", override)
-        if self.rounding != "nearest" and not self.quantizations:
-            raise ConfigError(
-                f"rounding={self.rounding!r} is of a quantised z; choose a quantization too"
-            )
-        if self.num_hashes is not None:
-            _require_int("num_hashes", self.num_hashes, 1)
-        if self.block_k is not None:
-            _require_int("block_k", self.block_k, 8)
-            if self.block_k & (self.block_k - 1) or self.block_k > 1024:
-                raise ConfigError(f"block_k must be a power of two in 8 … 1024, got {self.block_k}")
-        if self.group_size is not None:
-            _require_int("group_size", self.group_size, 1)
-            if self.projection != "learned":
-                raise ConfigError(
-                    f"group_size = {self.group_size} is for projection='learned', "
-                    f"not {self.projection!r}"
-                )
-        if self.block_k is not None and self.projection == "learned":
-            raise ConfigError("block_k is for rotation sketches; projection='learned' has none")
-        _require_int("seed", self.seed, None)
-        if self.seed.bit_length() > 64:
-            raise ConfigError("seed must be an integer of at most 64 bits")
-        _require_int("min_features", self.min_features, 0)
-        for name in ("signed", "share_sketches", "weigh_outputs", "allow_empty", "strict"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        _require_choice("hash_family", self.hash_family, HASH_FAMILIES)
-        if self.damping != "auto":
-            _require_positive("damping", self.damping)
-        if self.asymmetry != "auto":
-            if self.asymmetry != 0:
-                _require_positive("asymmetry", self.asymmetry)
-            if isinstance(self.asymmetry, bool) or self.asymmetry > 1:
-                raise ConfigError(f"asymmetry must be 'auto' or in 0 … 1, got {self.asymmetry!r}")
-        _require_positive("warn_error", self.warn_error)
-        if self.max_error is not None:
-            _require_positive("max_error", self.max_error)
+        check_options(self)
 
-    def _check_reduction(self, name: str, value: object) -> None:
-        if self.projection != "learned":
-            if isinstance(value, float) and value >= 1 and not value.is_integer():
-                raise ConfigError(f"{name} = {value} is no integer; use projection='learned'")
-            _require_int(name, value, 1)
-            return
-        _require_positive(name, value)
-        if value < 1:  # type: ignore[operator]
-            raise ConfigError(f"{name} must be at least 1, got {value}")
-
-    def _check_override(self, where: str, options: Mapping[str, Any]) -> None:
-        for name in options:
-            if name not in _PER_LAYER:
-                raise ConfigError(
-                    f"{where}: {name!r} cannot differ by layer; {', '.join(_PER_LAYER)} can"
-                )
-        if options.get("reduction") is not None:
-            self._check_reduction(f"{where}['reduction']", options["reduction"])
-        self._check_quantization(f"{where}: ", self._merged(options))
-
-    def _merged(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def merged(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a layer. A group size is not inherited by a method that has none."""
-        merged = {name: getattr(self, name) for name in _PER_LAYER} | dict(options)
+        merged = {name: getattr(self, name) for name in PER_LAYER} | dict(options)
         if merged["quantization"] != "int8_weight_only" and (
             "quantization_group_size" not in options
         ):
             merged["quantization_group_size"] = None
         return merged
-
-    @staticmethod
-    def _check_quantization(where: str, options: Mapping[str, Any]) -> None:
-        method, size = options["quantization"], options["quantization_group_size"]
-        _require_choice(f"{where}quantization", method, _QUANTIZATIONS)
-        _require_choice(f"{where}rounding", options["rounding"], _ROUNDINGS)
-        if size is None:
-            return
-        _require_int(f"{where}quantization_group_size", size, 1)
-        if method != "int8_weight_only":
-            raise ConfigError(
-                f"{where}quantization_group_size = {size} is for "
-                f"quantization='int8_weight_only', not {method!r}: with activations quantised per "
-                f"token a row of z has one scale"
-            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SS1Config:
@@ -305,7 +217,7 @@ class SS1Config:
     def quantization_for(self, name: str) -> LayerQuantization | None:
         """How the layer called ``name`` is quantised, ``None`` if it is not."""
         _, override = self._override(name)
-        options = self._merged(override if isinstance(override, Mapping) else {})
+        options = self.merged(override if isinstance(override, Mapping) else {})
         if options["quantization"] is None:
             return None
         return LayerQuantization(
@@ -364,33 +276,3 @@ class SS1Config:
                 f"gain at reduction {reduction}; choose a smaller block_k"
             )
         return structure
-
-
-def reject_unknown_keys(values: Mapping[str, Any], known: list[str]) -> None:
-    """Raise ``ConfigError`` for the first key that is not in ``known``, naming the nearest one."""
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
-            raise ConfigError(f"unknown option {key!r}; {hint}")
-
-
-def _require_int(name: str, value: object, least: int | None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{name} must be an integer, got {value!r}")
-    if least is not None and value < least:
-        raise ConfigError(f"{name} must be at least {least}, got {value}")
-
-
-def _require_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} must be a number, got {value!r}")
-    if not 0 < value <= sys.float_info.max:
-        raise ConfigError(f"{name} must be positive and finite, got {value!r:.80}")
-
-
-def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name} must be one of {list(choices)}, got {value!r}{hint}")

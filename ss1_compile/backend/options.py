@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ss1_compile.config import SS1Config, reject_unknown_keys
+from ss1_compile.config import SS1Config
 from ss1_compile.errors import ConfigError
 from ss1_compile.kernels import lowering
 from ss1_compile.learned import Structure
+from ss1_compile.option_checks import reject_unknown_keys
 from ss1_compile.report import Report
 
 _OWN_OPTIONS = (

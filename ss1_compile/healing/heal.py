@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ss1_compile.config import reject_unknown_keys
 from ss1_compile.errors import CalibrationError, ConfigError, SS1Warning, TrainingError
 from ss1_compile.evaluation import Evaluation, Output
 from ss1_compile.experts import SS1ExpertLinear
@@ -33,6 +32,7 @@ from ss1_compile.healing.loss import Distillation
 from ss1_compile.healing.prepare import make_accelerator, precision_of, prepared, to_device
 from ss1_compile.healing.state import HealingState, read_state, write_state
 from ss1_compile.modules import SS1Linear
+from ss1_compile.option_checks import reject_unknown_keys
 
 
 def heal(
