@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ss1_compile.calibration import statistics_file
 from ss1_compile.calibration.gradients import GradientMoments
 from ss1_compile.calibration.input_statistics import InputStatistics
 from ss1_compile.calibration.moments import InputKey, SharedMoments, input_key
@@ -34,10 +31,7 @@ from ss1_compile.errors import CalibrationError
 
 __all__ = ["InputStatistics", "Statistics", "calibrate", "execution_groups", "statistics_of"]
 
-_FORMAT = "ss1-statistics"
-_VERSION = "1"
 _LONG = 8  # batches from which a progress bar is worth its lines
-_SYMMETRY = 1e-9
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _versions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -132,30 +126,7 @@ class Statistics(Mapping[str, InputStatistics]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; :meth:`load` reads it. Held-out rows are not marked in it."""
-        distinct = {entry.of_inputs: entry for entry in self.values()}
-        index = {key: i for i, key in enumerate(distinct)}
-        tensors: dict[str, Tensor] = {}
-        for key, entry in distinct.items():
-            tensors[f"{index[key]}.mean"] = entry.mean.contiguous()
-            tensors[f"{index[key]}.second_moment"] = entry.second_moment.contiguous()
-        header = {
-            "entries": {name: index[entry.of_inputs] for name, entry in self.items()},
-            "counts": [entry.count for entry in distinct.values()],
-            "unreached": list(self.unreached),
-        }
-        gradients: dict[str, int] = {}  # readers that do not know of them leave them out
-        places: dict[int, int] = {}
-        for name, entry in self.items():
-            if entry.gradients is not None:
-                place = places.setdefault(id(entry.gradients), len(places))
-                gradients[name] = place
-                tensors[f"gradients.{place}"] = entry.gradients.contiguous()
-        header["gradients"] = gradients
-        save_file(
-            tensors,
-            os.fspath(path),
-            {"format": _FORMAT, "version": _VERSION, "header": json.dumps(header)},
-        )
+        statistics_file.write(path, self, self.unreached)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Statistics:
@@ -167,53 +138,7 @@ class Statistics(Mapping[str, InputStatistics]):
                 moment that is not symmetric; the message names the entry.
             FileNotFoundError: there is no such file.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no statistics at {os.fspath(path)}")
-        try:
-            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CalibrationError(f"{os.fspath(path)} cannot be read: {error}") from error
-        if metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
-            raise CalibrationError(
-                f"{os.fspath(path)} is {metadata.get('format')!r} version "
-                f"{metadata.get('version')!r}, not {_FORMAT!r} version {_VERSION!r}"
-            )
-        try:
-            header = json.loads(metadata["header"])
-            indices: dict[str, int] = {str(k): int(v) for k, v in header["entries"].items()}
-            if min(indices.values(), default=0) < 0:
-                raise ValueError("negative index")
-            counts, unreached = list(header["counts"]), [str(n) for n in header["unreached"]]
-            weighed = {str(k): int(v) for k, v in header.get("gradients", {}).items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CalibrationError(f"{os.fspath(path)}: damaged header ({error!r})") from error
-        loaded: dict[int, InputStatistics] = {}
-        for name, i in indices.items():
-            if i in loaded:
-                continue
-            try:
-                entry = InputStatistics(
-                    counts[i],
-                    tensors[f"{i}.mean"],
-                    tensors[f"{i}.second_moment"],
-                )
-            except (KeyError, IndexError) as error:
-                raise CalibrationError(f"{name} in {os.fspath(path)}: entry is missing") from error
-            problem = entry.problem() or _asymmetry(entry.second_moment)
-            if problem:
-                raise CalibrationError(f"{name} in {os.fspath(path)}: {problem}")
-            loaded[i] = entry
-        entries = {name: loaded[i] for name, i in indices.items()}
-        for name, place in weighed.items():
-            if name not in entries or f"gradients.{place}" not in tensors:
-                raise CalibrationError(f"{name} in {os.fspath(path)}: gradients are missing")
-            entries[name] = replace(entries[name], gradients=tensors[f"gradients.{place}"])
-            problem = entries[name].problem()
-            if problem:
-                raise CalibrationError(f"{name} in {os.fspath(path)}: {problem}")
-        return cls(entries, unreached)
+        return cls(*statistics_file.read(path, device))
 
 
 def calibrate(
@@ -449,10 +374,3 @@ def _may_have(weight: Tensor, in_features: int) -> bool:
     if weight.dim() == 2:
         return in_features in weight.shape
     return weight.numel() % in_features == 0
-
-
-def _asymmetry(second_moment: Tensor) -> str | None:
-    gap = (second_moment - second_moment.t()).abs().amax()
-    if bool(gap > _SYMMETRY * second_moment.abs().amax()):
-        return f"second_moment is not symmetric (entries differ by {gap.item():.3g})"
-    return None
