@@ -213,19 +213,18 @@ def _permute_kernel(
 def default_variant(x: Tensor, code: Tensor, reduced: int) -> str:
     """``"gather"`` or ``"permute"`` for ``x [M, K]`` and the rotation code ``[J, G, c]``.
 
-    On one NVIDIA H200, int8, in µs: 16384 x 4096, c = 4: 99 and 99, c = 8: 146 and 102;
-    8192 x 14336, c = 4: 196 and 166; 16384 x 1024, c = 4: 30 and 36. Rows of gather are filled up
-    to a power of two: 32768 x 768, c = 2 and 4: 44 and 42, 54 and 45; 8192 x 14336, c = 2: 160 and
-    154.
+    On one NVIDIA H200, int8, in µs: 16384 x 4096, c = 2: 64 and 92, c = 4: 82 and 84, c = 8: 141
+    and 91; 16384 x 1024, c = 4: 27 and 32; 8192 x 14336, c = 2: 119 and 184, c = 4: 165 and 150.
+    Rows of gather are filled up to a power of two: 32768 x 768, c = 2: 35 and 36, c = 4: 44 and 40.
     """
     block_k = reduced // code.shape[1]
     vectors = triton.next_power_of_2(code.shape[2]) * block_k // 8
     if x.dtype not in _TENSOR_CORE_DTYPES or x.shape[0] <= 64 or not 16 <= vectors <= _MAX_VECTORS:
         return "gather"
     reduction = code.shape[2]
-    filled = triton.next_power_of_2(reduced) > 1.1 * reduced and reduction > 1
-    wide = reduction > 4 or (reduction == 4 and x.shape[1] > 4096)
-    return "permute" if wide or filled else "gather"
+    filled = triton.next_power_of_2(reduced) > 1.1 * reduced
+    wide = reduction > 4 or (reduction > 2 and (x.shape[1] > 4096 or filled))
+    return "permute" if wide else "gather"
 
 
 def rotation(
