@@ -101,8 +101,12 @@ def _as_one(
 
 
 def _packing_pays(rows: int, z: Sequence[Tensor]) -> bool:
-    """Whether one product behind a copy of the weights beats one for each."""
-    return rows >= 4096 and max(part.shape[0] for part in z) <= 2048
+    """Whether one product behind a copy of the weights beats one for each.
+
+    On one NVIDIA H200 (bf16, three times 256 → 1024 with bias) in µs: 13.8 → 6.1 for 256 rows,
+    74.5 → 56.6 for 16384. 1024 → 4096, 1024, 1024 (12.6 MB): 25.6 → 26.7 for 1024 rows.
+    """
+    return rows >= 256 and sum(part.numel() * part.element_size() for part in z) <= 8 << 20
 
 
 def _adjacent(parts: Sequence[Tensor | None]) -> Tensor | None:
