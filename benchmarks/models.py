@@ -16,6 +16,7 @@ import argparse
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import harness
@@ -272,6 +273,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--match", default="", help="only cases whose 'model, size' has this regex")
+    parser.add_argument("--variants", default="", help="only variants whose label has this regex")
     parser.add_argument("--smoke", action="store_true", help="tiny models; writes no results")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
     options = parser.parse_args()
@@ -283,7 +285,8 @@ def main() -> None:
         for case in cases(options.smoke):
             if not re.search(options.match, f"{case.model}, {case.size}"):
                 continue
-            rows = measure(case, options.seconds)
+            wanted = [v for v in case.variants if re.search(options.variants, v.label)]
+            rows = measure(replace(case, variants=wanted), options.seconds)
             show(rows)
             here = (case.model, case.size)
             kept = [row for row in result["rows"] if (row["model"], row["size"]) != here]
