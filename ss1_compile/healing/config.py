@@ -32,9 +32,9 @@ class HealConfig:
             devices that support it, float32 elsewhere. What is trained is float32 in any case.
         gradient_checkpointing: recompute activations, through the model's own switch.
         compile: compile the blocks of both models and the loss (``torch.compile``). Pays from some
-            hundred steps on, on CUDA. Steps are then repeatable on the same software only, and a
-            resumed run ends at nearly the same weights. Where it fails, healing warns and goes on
-            without.
+            hundred steps on, on CUDA, where the blocks are alike (planned ones are not). Steps are
+            then repeatable on the same software only, and a resumed run ends at nearly the same
+            weights. Where it fails, healing warns and goes on without.
         cuda_graphs: record each step's passes in a CUDA graph, one for each of the first 16 forms
             of batches (structure, shapes, dtypes), so that small models do not wait for the host.
             Needs memory for the largest batch of each form. Where it fails, healing warns and goes
