@@ -287,7 +287,8 @@ def _joins(sketched: Tensor, z: Tensor, z_gate: Tensor | None, sketch: Tensor) -
         kernel.supported(sketched, each, sketch) for each in (z, z_gate) if each is not None
     ):
         return None
-    return kernel if _joined_wins(*sketched.shape[1:], gated=z_gate is not None) else None
+    _, rows, reduced = sketched.shape
+    return kernel if _joined_wins(rows, reduced, z_gate is not None) else None
 
 
 def _activates_in_sketch(
