@@ -109,7 +109,7 @@ def _replaced(
     layers = [
         layer
         for layer in find_layers(model, SS1Config(reduction=1, exclude=subject.exclude), {})
-        if layer.structure is not None and reductions.get(layer.name, c) != 1
+        if layer.structure is not None
     ]
     data = subject.calibration(seed)
     left = held(model, subject)
@@ -120,7 +120,10 @@ def _replaced(
             for layer, statistics in group:
                 assert statistics is not None
                 own = reductions.get(layer.name, c)
-                layer.replacement = _approximated(method, layer, statistics, own)  # type: ignore[assignment]
+                if own == 1:  # stays dense, and is refitted as compress does it
+                    layer.replacement = _approximated(_itself, layer, statistics, own)
+                    continue
+                layer.replacement = _approximated(method, layer, statistics, own)
                 made = int(layer.weight.numel() / own)
                 if method is None:
                     made = quality_planned.allowed_rank(layer.shape, own) * sum(layer.shape)
@@ -128,6 +131,11 @@ def _replaced(
     for layer in layers:
         swap(model, layer)
     return left
+
+
+def _itself(weight: Tensor, moment: Tensor, reduction: float) -> Tensor:
+    """No approximation at all."""
+    return weight
 
 
 def _approximated(

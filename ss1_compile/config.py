@@ -83,6 +83,10 @@ class SS1Config:
             outputs on them; ``"auto"`` chooses per layer by the error on held-out batches. Unless
             it is 0, layers whose outputs are added to a stream of residuals also make up for what
             the stream lacks of the dense model's, as far as held-out batches bear it out.
+        refit_dense: in sequential calibration, layers that ``overrides`` keep dense (not those that
+            are excluded) are fitted to what is wanted of the inputs that the layers before them
+            leave, as the others are: their weights and biases change, and make up for some of the
+            errors so far. :func:`ss1_compile.plan` asks for it.
         quantization: how z is stored: ``None``, in the dtype of the weight; ``"int8_weight_only"``,
             int8 with float32 scales, activations as they are; ``"int8_dynamic"``, activations int8
             too, a scale per token, after the sketch; ``"fp8_dynamic"``, both float8 (e4m3). The
@@ -119,6 +123,7 @@ class SS1Config:
     projection: ProjectionMethod | None = None
     damping: float | Literal["auto"] = 1e-3
     asymmetry: float | Literal["auto"] = "auto"
+    refit_dense: bool = False
     quantization: Quantization | None = None
     quantization_group_size: int | None = None
     rounding: Rounding = "nearest"
@@ -199,6 +204,16 @@ class SS1Config:
         if reduction > in_features:
             return f"reduction {reduction} exceeds in_features {in_features}"
         return reduction
+
+    def refits(self, name: str) -> bool:
+        """Whether the layer is kept dense by ``overrides`` and is to be refitted."""
+        included = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.include)
+        excluded = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+        matching, override = self._override(name)
+        if isinstance(override, Mapping):
+            override = override.get("reduction", self.reduction)
+        kept = matching is not None and override is None
+        return self.refit_dense and included and not excluded and kept
 
     def _override(self, name: str) -> tuple[str | None, Any]:
         """The first pattern of ``overrides`` that matches ``name``, and what it maps to."""

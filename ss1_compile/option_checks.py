@@ -58,7 +58,8 @@ def check_options(config: SS1Config) -> None:
     if config.seed.bit_length() > 64:
         raise ConfigError("seed must be an integer of at most 64 bits")
     _require_int("min_features", config.min_features, 0)
-    for name in ("signed", "share_sketches", "weigh_outputs", "allow_empty", "strict"):
+    switches = ("signed", "share_sketches", "weigh_outputs", "refit_dense", "allow_empty", "strict")
+    for name in switches:
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} must be True or False, got {getattr(config, name)!r}")
     _require_choice("hash_family", config.hash_family, HASH_FAMILIES)

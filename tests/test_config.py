@@ -41,6 +41,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("signed", None),
     ("share_sketches", 1),
     ("weigh_outputs", "output"),
+    ("refit_dense", 1),
     ("seed", 0.5),
     ("seed", None),
     ("seed", 2**65),

@@ -13,6 +13,7 @@ from ss1_compile.calibration.sequential import SequentialCalibration, swap
 from ss1_compile.calibration.statistics import Statistics, calibrate, statistics_of
 from ss1_compile.compression.bare_parameters import bare_parameters
 from ss1_compile.compression.layers import Layer, find_layers
+from ss1_compile.compression.refitting import refit, refitted_layers
 from ss1_compile.compression.replacing import by_input, find_replacements
 from ss1_compile.compression.settled import settle
 from ss1_compile.compression.stand_ins import stand_ins
@@ -79,6 +80,7 @@ def compress(
     with stand_ins(model) as inside:
         layers = find_layers(model, config, structures or {}, calibrated=calibration is not None)
         chosen = [layer for layer in layers if layer.structure is not None]
+        refitted: list[Layer] = []
         for layer in layers:
             if config.strict and layer.reason is not None and not layer.by_choice:
                 raise UnhandledLinearError(f"{layer.name}: {layer.reason} (strict=True)")
@@ -96,7 +98,11 @@ def compress(
                     "sequential=True runs the model on the calibration batches layer by layer; "
                     "pass them"
                 )
-            unweighed = _compress_sequentially(model, chosen, config, calibration, progress)
+            stood_in = [member.module for member in inside.members]
+            refitted = refitted_layers(layers, config, stood_in)
+            unweighed = _compress_sequentially(
+                model, chosen, refitted, config, calibration, progress
+            )
         else:
             unweighed = None
             if calibration is not None and not isinstance(calibration, Statistics) and chosen:
@@ -120,7 +126,7 @@ def compress(
         report.require_some(config)
         report.warn_if_ruined(config.warn_error)
         if not dry_run:
-            for layer in chosen:
+            for layer in (*chosen, *refitted):
                 swap(model, layer)
             inside.keep()
             settle(model)
@@ -153,7 +159,12 @@ def _check(
 
 
 def _compress_sequentially(
-    model: nn.Module, chosen: list[Layer], config: SS1Config, data: Iterable[Any], progress: bool
+    model: nn.Module,
+    chosen: list[Layer],
+    refitted: list[Layer],
+    config: SS1Config,
+    data: Iterable[Any],
+    progress: bool,
 ) -> str | None:
     """Project group by group in order of execution, each on the compressed prefix's inputs.
 
@@ -164,7 +175,7 @@ def _compress_sequentially(
         return None
     walk = SequentialCalibration(
         model,
-        chosen,
+        [*chosen, *refitted],
         data,
         paired=config.asymmetry != 0 and config.projection != "average",
         held_out=config.asymmetry == "auto" or config.damping == "auto",
@@ -172,8 +183,12 @@ def _compress_sequentially(
     )
     with walk:
         for group in walk.groups(progress):
-            for together in by_input(group, config):
+            known = [pair for pair in group if pair[0].structure is not None]
+            for together in by_input(known, config):
                 find_replacements(together, config)
+            for layer, statistics in group:
+                if layer.structure is None:
+                    refit(layer, statistics, config)
     return walk.unweighed
 
 

@@ -12,9 +12,8 @@ from torch.nn.utils import parametrize
 from ss1_compile.calibration.statistics import statistics_of
 from ss1_compile.config import SS1Config
 from ss1_compile.errors import ConfigError
-from ss1_compile.experts import ExpertLinear, SS1ExpertLinear
+from ss1_compile.experts import ExpertLinear
 from ss1_compile.learned import Structure
-from ss1_compile.modules import SS1Linear
 from ss1_compile.report import LayerReport, tensor_bytes
 
 
@@ -31,7 +30,12 @@ class Layer:
     given: bool = False
     """Whether the structure was given for this layer, and not made from the configuration."""
     row: LayerReport | None = None
-    replacement: SS1Linear | SS1ExpertLinear | None = field(default=None, repr=False)
+    replacement: nn.Module | None = field(default=None, repr=False)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the module holds its weight as ``[K, N]``."""
+        return _is_conv1d(self.module)
 
     @property
     def name(self) -> str:

@@ -59,13 +59,17 @@ class Plan:
 
     @property
     def config(self) -> SS1Config:
-        """The configuration for :func:`ss1_compile.compress` and the other doors."""
-        overrides: dict[str, float | None] = {}
+        """The configuration for :func:`ss1_compile.compress` and the other doors.
+
+        Layers that stay dense are refitted in sequential calibration (``refit_dense``).
+        """
+        overrides: dict[str, Any] = {}
         for layer in self.layers:
             c = layer.reduction
             whole = int(c) if float(c).is_integer() else c
             overrides[glob.escape(layer.name)] = None if c == 1 else whole
-        return replace(self.base, overrides={**overrides, **self.base.overrides})
+        overrides |= self.base.overrides
+        return replace(self.base, overrides=overrides, refit_dense=True)
 
     @property
     def dense_cost(self) -> float:
