@@ -3,8 +3,8 @@
     sketch₂(act(matmul(X̃, z, b)))        ->  matmul_sketch(X̃, z, b, act, S₂)
     sketch₂(act(linear(x, S, z, b)))     ->  matmul_sketch(sketch(x, S), z, b, act, S₂)
     activation_sketch₂(matmul(X̃, z, b))  ->  matmul_sketch(X̃, z, b, act, S₂)
-    sketch₂(act(g)·u),  [g, u] = matmul(X̃, [z_gate, z])
-                                         ->  matmul_sketch(X̃, z, b, z_gate, b_gate, act, S₂)
+    sketch₂(act(g)·u)                    ->  matmul_sketch(X̃, z, b, z_gate, b_gate, act, S₂)
+        where [g, u] = matmul(X̃, [z_gate, z]), or the halves of one layer's product
 
 as for the layers of a feed-forward block. ``sketch₂`` is an ``ss1::sketch`` or the one inside an
 ``ss1::linear``; a plain activation is the product's or the sketch's by now, or there is none, so
@@ -16,8 +16,9 @@ Whether the operator launches one kernel or two is its own choice, by the shapes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+import operator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -38,7 +39,9 @@ from ss1_compile.passes.matching import (
 )
 from ss1_compile.passes.order import Order
 
+_aten = torch.ops.aten
 _ss1 = torch.ops.ss1
+_SPLITS = ("chunk", "split", torch.chunk, torch.split, _aten.chunk.default, _aten.split.Tensor)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class _Product:
         node: the ``ss1::matmul``, or the ``ss1::linear`` that has one inside.
         read: makes ``X̃``, or ``x`` of a linear.
         activation: its own, or the gate's.
-        gate: ``(z, bias)`` of the gate.
+        gate: ``(z, bias)`` of the gate's layer.
+        gate_first: whether the gate is the first half of z, the second, or no half of it.
         linear: what the node is where it is an ``ss1::linear``.
         replaced: the nodes of the gate's activation.
     """
@@ -60,6 +64,7 @@ class _Product:
     bias: fx.Node | None
     activation: str
     gate: tuple[fx.Node | None, fx.Node | None] = (None, None)
+    gate_first: bool | None = None
     linear: Linear | None = None
     replaced: frozenset[fx.Node] = frozenset()
 
@@ -90,12 +95,10 @@ def join_products(graph: fx.Graph) -> PassResult:
         layers = reader.layers
         _rewrite(reader, product, activation, sizes, order)
         erase_unused(path, replaced=product.replaced)
-        z_gate, _ = product.gate
-        if z_gate is None:
-            result.add("joined", product.z, *layers)
-        else:
+        gates = [z for z in product.gate[:1] if z is not None]
+        if gates or product.gate_first is not None:
             result.add(f"gated {product.activation}", *layers)
-            result.add("joined", z_gate, product.z, *layers)
+        result.add("joined", *gates, product.z, *layers)
     return result
 
 
@@ -108,9 +111,18 @@ def _rewrite(
         x, reduced_features = emit.flatten(product.read), product.linear.reduced_features
         sketched = emit(_ss1.sketch.default, x, product.linear.sketch, reduced_features)
     emit = Emit(order, reader.node)
+    operands = [product.z, product.bias, *product.gate]
+    if product.gate_first is not None:
+        n = example(product.z).shape[0] // 2
+        halves = [
+            None if whole is None else emit(_aten.slice.Tensor, whole, 0, start, start + n)
+            for start in (0, n)
+            for whole in operands[:2]
+        ]
+        operands = [*halves[2:], *halves[:2]] if product.gate_first else halves
     further = emit(
         _ss1.matmul_sketch.default,
-        *(sketched, product.z, product.bias, *product.gate),
+        *(sketched, *operands),
         activation if product.activation == "none" else product.activation,
         reader.sketch,
         reader.reduced_features,
@@ -151,26 +163,55 @@ def _gated_product(node: fx.Node, reader: Reader, order: Order) -> _Product | No
     inner = [between for path in paths for between in path if between is not activation.x]
     if any(only_user(between) is None for between in inner):
         return None
-    columns = [path[-1] for path in paths]
-    if any(c.target is not torch.ops.aten.slice.Tensor or len(c.args) != 4 for c in columns):
+    gate, other = (_half(path[-1]) for path in paths)
+    if gate is None or other is None or gate.of is not other.of or gate.second is other.second:
         return None
-    source = cast(fx.Node, columns[0].args[0])
-    if not is_matmul(source) or set(source.users) != set(columns):
+    name, replaced = activation.name, activation.nodes
+    if is_matmul(gate.of) and len(matmul_weights(gate.of)) == 2:
+        sketched, z, bias, residual, behind = cast(Any, gate.of.args)
+        if residual is not None or behind != "none" or example(sketched).shape[0] != 1:
+            return None
+        if example(z[0]).shape != example(z[1]).shape:
+            return None
+        i, j = int(other.second), int(gate.second)
+        gated = z[j], bias[j]
+        return _Product(gate.of, sketched, z[i], bias[i], name, gated, replaced=replaced)
+    path = row_path(gate.of)
+    product = None if any(only_user(n) is None for n in path) else _product(path[-1])
+    if product is None or product.activation != "none":
         return None
-    sketched, z, bias, residual, act = cast(Any, source.args)
-    if len(z) != 2 or residual is not None or act != "none" or example(sketched).shape[0] != 1:
+    if product.linear is not None and not _is_one_learned(example(product.linear.sketch)):
         return None
-    first, second = (example(part).shape[0] for part in z)
-    places = {(1, 0, first): 0, (1, first, first + second): 1}
-    found = [places.get(cast(Any, column.args[1:])) for column in columns]
-    if first != second or sorted(found, key=str) != [0, 1]:
+    if product.linear is None and example(product.read).shape[0] != 1:
         return None
-    gate, other = cast(list[int], found)
-    return _Product(
-        *(source, sketched, z[other], bias[other], activation.name),
-        gate=(z[gate], bias[gate]),
-        replaced=activation.nodes,
-    )
+    return replace(product, gate_first=other.second, activation=name, replaced=replaced)
+
+
+class _Half(NamedTuple):
+    of: fx.Node
+    second: bool
+
+
+def _half(node: fx.Node) -> _Half | None:
+    """``node`` as one half of the columns of another node, both halves of which have one reader."""
+    if node.target is _aten.slice.Tensor and len(node.args) == 4:
+        of, dim, start, end = cast(tuple[fx.Node, int, int, int], node.args)
+        whole = example(of).shape
+        if len(whole) != 2 or dim != 1 or len(of.users) != 2 or not isinstance(start, int):
+            return None
+        half = whole[1] // 2
+        return _Half(of, start > 0) if (start, end) in ((0, half), (half, 2 * half)) else None
+    parts, which = (*node.args, None, None)[:2]
+    if node.target is not operator.getitem or which not in (0, 1):
+        return None
+    if not isinstance(parts, fx.Node) or parts.target not in _SPLITS or len(parts.users) != 2:
+        return None
+    of = cast(fx.Node, parts.args[0])
+    if only_user(of) is None:
+        return None
+    values, whole = example(parts), example(of).shape
+    halves = len(values) == 2 and all(2 * v.shape[-1] == whole[-1] for v in values)
+    return _Half(of, bool(which)) if halves else None
 
 
 def _is_one_learned(sketch: Any) -> bool:

@@ -42,6 +42,13 @@ def llama(layers=LAYERS):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
 
 
+def phi3(layers=LAYERS):
+    """Gate and up are one layer."""
+    config = {**TEXT, "num_hidden_layers": layers, "num_key_value_heads": 2, "pad_token_id": 0}
+    config |= {"bos_token_id": 1, "eos_token_id": 2}
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**config))
+
+
 def vit(layers=LAYERS):
     sizes = {name: size for name, size in TEXT.items() if name != "vocab_size"}
     sizes |= {"num_hidden_layers": layers, "image_size": 32, "patch_size": 8}
@@ -122,7 +129,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 def make(name, dtype=torch.float32):
     torch.manual_seed(3)
-    model = MODELS[name]().eval().to(dtype)
+    model = (MODELS | {"phi3": phi3})[name]().eval().to(dtype)
     if name == "mixer":
         return model, {"input": torch.randn(2, 64, 64, dtype=dtype)}
     if name == "vit":
@@ -227,11 +234,14 @@ def learned(model):
 LEARNED = {
     "gpt2": {"norm": 4, "gelu_tanh behind": 2, "residual": 4, "joined": 2},
     "llama": {"shared": 4, "norm": 4, "gated silu": 2, "residual": 4, "joined": 2},
+    "phi3": {"norm": 4, "gated silu": 2, "residual": 4, "joined": 2},
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("gpt2", torch.float32), ("llama", torch.bfloat16), ("phi3", torch.float32)],
+)
 def test_learned_sketches_are_joined_with_the_products_in_front(name, dtype):
     model, inputs = make(name, dtype)
     report = Report([LayerReport(n, "Linear", (1, 1), 1, 1) for n in learned(model)])

@@ -160,6 +160,66 @@ def test_gate_and_up_of_learned_sketches(silu, swapped, biases):
     assert len(results[-1].fusions[-1].layers) == 3
 
 
+def halves_of(function):
+    """The block around ``function(linear, whole)``, which gives what the last layer reads."""
+
+    def block(linear, x, w, s1, z1, b1, s2, z2, b2):
+        n = F.layer_norm(x, (K,), w)
+        return x + linear(function(linear(n, s1, z1, b1)), s2, z2, b2)
+
+    return block
+
+
+HALVES = {
+    "gate first": lambda y: (lambda gate, up: F.silu(gate) * up)(*two(y.chunk(2, dim=-1))),
+    "up first": lambda y: (lambda up, gate: up * F.silu(gate))(*two(y.chunk(2, -1))),
+    "split": lambda y: (lambda gate, up: F.silu(gate) * up)(*two(y.split(N, -1))),
+    "function": lambda y: (lambda gate, up: F.silu(gate) * up)(*two(torch.chunk(y, 2, -1))),
+    "rows": lambda y: (lambda gate, up: F.silu(gate) * up)(*two(y.view(-1, 2 * N).chunk(2, -1))),
+}
+
+
+def two(parts):
+    return parts[0], parts[1]
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("biases", [False, True])
+def test_gate_and_up_in_one_layer(name, biases):
+    """As in Phi-3, ModernBERT and GEGLU."""
+    inputs = [randn(2, 3, K), randn(K), *learned(K, 2 * N), *learned(N, K)]
+    inputs[4] = inputs[4] if biases else None
+
+    def function(y):
+        h = HALVES[name](y)
+        return h.view(2, 3, N) if name == "rows" else h
+
+    gm, results = check(
+        fuse,
+        halves_of(function),
+        *inputs,
+        expect={"norm": 1, "residual": 1, "gated silu": 1, "joined": 1},
+        ops={"norm_sketch": 1, "matmul_sketch": 1, "matmul": 1},
+    )
+    assert len(results[-1].fusions[-1].layers) == 2
+    assert "chunk" not in gm.code
+
+
+NO_HALVES = {
+    "thirds": lambda y: F.silu(y.split([N, N // 2, N // 2], -1)[0]) * y.chunk(2, -1)[1],
+    "twice": lambda y: F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1],
+    "of rows": lambda y: (F.silu(y.chunk(2, 0)[0]) * y.chunk(2, 0)[1])[..., :N].repeat(2, 1, 1),
+    "read on": lambda y: (lambda p: F.silu(p[0]) * p[1] + y.mean())(y.chunk(2, -1)),
+    "the same": lambda y: (lambda p: F.silu(p[0]) * p[0] + 0 * p[1].sum())(y.chunk(2, -1)),
+}
+
+
+@pytest.mark.parametrize("function", NO_HALVES.values(), ids=NO_HALVES)
+def test_what_is_no_two_halves_stays(function):
+    inputs = [randn(2, 3, K), randn(K), *learned(K, 2 * N), *learned(N, K)]
+    check(join, halves_of(function), *inputs, expect={})
+
+
 GATED_STAYS = {
     "read twice": lambda linear, x, s1, z1, b1, z2, b2, s3, z3, b3: (
         (up := linear(x, s1, z2, b2)) * 1,
