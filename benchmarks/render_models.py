@@ -21,8 +21,8 @@ BATCHES = ROOT / "docs" / "images" / "bert_batches.svg"
 Row = Mapping[str, Any]
 Result = Mapping[str, Any]
 
-WAYS = ("speedup", "replayed_speedup", "gpu_speedup")
-"""Launched calls, calls compiled with CUDA graphs, and the kernels alone."""
+WAYS = {"ms": "speedup", "graph_ms": "graph_speedup"}
+"""Of launched calls, and of one CUDA graph: time and gain."""
 CLASSES = (
     ("matrix product", r"gemm|nvjet|cutlass|_stream|_gemv|splitK|triton_(tem|mm)", "#1b6ca8"),
     ("sketch, with what is fused into it", r"_permute_kernel|_gather|_block_kernel", "#8fbf6b"),
@@ -38,12 +38,15 @@ def kernel_class(name: str) -> str:
     return next(label for label, pattern, _ in CLASSES if re.search(pattern, name, re.IGNORECASE))
 
 
-def star(row: Row) -> str:
-    """Marks a row whose launching was slower than it need be, and says what has changed since."""
-    if "launched_from" in row:
-        return " (launched from Python)"
-    note = f" ({row['note']})" if "note" in row else ""
-    return (" \\*" if row.get("busy_host") else "") + note
+def mark(row: Row) -> str:
+    """Names the run of a row that is not of the last one."""
+    note = f", {row['note']}" if "note" in row else ""
+    return f" ({row['run']}{note})" if "run" in row else ""
+
+
+def runs(result: Result) -> str:
+    """What sets the rows of earlier runs apart."""
+    return "".join(f"\n\n({name}) {text}." for name, text in result.get("runs", {}).items())
 
 
 def target_rows(blocks: Result, models: Result) -> list[list[str]]:
@@ -74,38 +77,24 @@ def target_rows(blocks: Result, models: Result) -> list[list[str]]:
             found = pick(rows, kind=kind, **where)
             if found:
                 cells = [f"≥ {target:g}×"]
-                for way in WAYS:
-                    gain = found[0].get(way)
-                    cells += ["", ""] if gain is None else [f"{gain:.2f}×", verdict(gain >= target)]
-                lines.append([f"{name}, {kind}{star(found[0])}", *cells])
+                for gain in (found[0].get(way) for way in WAYS.values()):
+                    cells += [f"{gain:.2f}×", verdict(gain >= target)] if gain else ["", ""]
+                lines.append([f"{name}, {kind}{mark(found[0])}", *cells])
     return lines
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Every measured row: time and speed-up, launched and on the GPU, memory, first call."""
+    """Every measured row: time and speed-up, launched and replayed, memory, first call."""
     lines = []
     for row in rows:
-        speedup = [f"{row[way]:.2f}×" if row.get(way) else "" for way in WAYS]
-        rate = [f"{row['tokens_per_s']}" if row.get("tokens_per_s") else ""]
-        lines.append(
-            [
-                f"{row['model']}, {row['size']}",
-                row["variant"] + star(row),
-                row["kind"] or "",
-                f"{row['ms']:.2f}",
-                speedup[0],
-                f"{row['replayed_ms']:.2f}" if row.get("replayed_ms") else "",
-                speedup[1],
-                f"{row['gpu_ms']:.2f}",
-                speedup[2],
-                *rate,
-                str(row["peak_mb"]),
-                f"{row['weights_mb']:.0f}",
-                f"{row['first_call_s']:.0f}",
-            ]
-        )
+        cells = [f"{row['model']}, {row['size']}", row["variant"] + mark(row), row["kind"] or ""]
+        for time, gain in WAYS.items():
+            cells.append(f"{row[time]:.2f}" if time in row else "")
+            cells.append(f"{row[gain]:.2f}×" if gain in row else "")
+        cells += [str(row.get("tokens_per_s", "")), str(row["peak_mb"])]
+        lines.append([*cells, f"{row['weights_mb']:.0f}", f"{row['first_call_s']:.0f}"])
     columns = ["model", "compressed", "sketch"]
-    for way in ("ms", "CUDA graphs, ms", "GPU, ms"):
+    for way in ("launched, ms", "CUDA graph, ms"):
         columns += [way, "over dense"]
     return markdown([*columns, "tokens/s", "peak, MB", "weights, MB", "first call, s"], lines)
 
@@ -116,29 +105,43 @@ def fusion_table(blocks: Result) -> str:
     for row in blocks["unfused"]:
         same = {key: row[key] for key in ("model", "variant", "kind")}
         fused = pick(blocks["blocks"], **same)[0]
-        cells = [f"{row[time]:.3f}" for time in ("ms", "gpu_ms")]
-        cells += [f"{fused[time]:.3f}" for time in ("ms", "gpu_ms")]
-        gain = row["gpu_ms"] / fused["gpu_ms"]
+        cells = [f"{row[time]:.3f}" for time in WAYS]
+        cells += [f"{fused[time]:.3f}" for time in WAYS]
+        gain = row["graph_ms"] / fused["graph_ms"]
         cells += [f"{gain:.2f}×", f"{fused['of_floor']:.2f}"]
         lines.append([row["model"], row["variant"], row["kind"], *cells])
-    columns = ["block", "c", "sketch", "unfused, ms", "GPU", "fused, ms", "GPU"]
-    columns += ["gain, GPU", "of GEMM floor"]
+    columns = ["block", "c", "sketch", "unfused, ms", "graph", "fused, ms", "graph"]
+    columns += ["gain, graph", "of GEMM floor"]
     return markdown(columns, lines)
 
 
-def plot_profiles(blocks: Result) -> None:
-    """A stacked bar per block and variant: microseconds by class of kernel."""
-    from matplotlib import pyplot as plt
-
+def profiles(blocks: Result, models: Result) -> dict[str, list[tuple[str, Sequence[Row]]]]:
+    """Bars by title: their labels and kernels."""
     bars: dict[str, list[tuple[str, Sequence[Row]]]] = {}
     for fused, rows in ((True, blocks["blocks"]), (False, blocks["unfused"])):
         for row in rows:
             if row.get("kernels"):
                 label = f"{row['kind']}, {'fused' if fused else 'unfused'}"
                 label = label if row["kind"] else "dense"
-                bars.setdefault(row["model"], []).append((label, row["kernels"]))
-    figure, axes = plt.subplots(len(bars), 1, figsize=(9, 1.9 * len(bars)), squeeze=False)
-    for axis, (name, stacks) in zip(axes[:, 0], bars.items(), strict=True):
+                bars.setdefault(f"{row['model']}, c = 4", []).append((label, row["kernels"]))
+    for row in models["rows"]:
+        if row.get("kernels"):
+            label = f"{row['variant']}, {row['kind']}" if row["kind"] else "dense"
+            title = f"{row['model']}, {row['size']}"
+            bars.setdefault(title, []).append((label, row["kernels"]))
+    return bars
+
+
+def plot_profiles(bars: Mapping[str, Sequence[tuple[str, Sequence[Row]]]]) -> None:
+    """A stacked bar per block or model and variant: microseconds by class of kernel."""
+    from matplotlib import pyplot as plt
+
+    heights = [len(stacks) for stacks in bars.values()]
+    figure, axes = plt.subplots(
+        len(bars), 1, figsize=(9, 0.38 * sum(heights) + 0.5 * len(bars)),
+        squeeze=False, height_ratios=heights,
+    )  # fmt: skip
+    for axis, (title, stacks) in zip(axes[:, 0], bars.items(), strict=True):
         for at, (_, kernels) in enumerate(stacks):
             left = 0.0
             for label, _, color in CLASSES:
@@ -148,7 +151,7 @@ def plot_profiles(blocks: Result) -> None:
             axis.text(left, at, f" {left:.0f}", va="center", fontsize=8)
         axis.set_yticks(range(len(stacks)), [label for label, _ in stacks], fontsize=8)
         axis.invert_yaxis()
-        axis.set_title(f"{name}, c = 4", fontsize=9, loc="left")
+        axis.set_title(title, fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(fontsize=7, loc="lower right")
     axes[-1, 0].set_xlabel("microseconds of kernel time per call")
@@ -169,7 +172,8 @@ def plot_batches(models: Result) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
     series = list(dict.fromkeys((r["variant"], r["kind"]) for r in rows if r["kind"]))
     for variant, kind in series:
-        of_batch = {r["batch"]: r["gpu_speedup"] for r in pick(rows, variant=variant, kind=kind)}
+        found = pick(rows, variant=variant, kind=kind)
+        of_batch = {r["batch"]: r["graph_speedup"] for r in found if "graph_speedup" in r}
         points = sorted(of_batch.items())
         style = "-" if kind == "rotation" else "--"
         color = "#1b6ca8" if "paper" in variant else "#c8553d"
@@ -179,7 +183,7 @@ def plot_batches(models: Result) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks([8, 16, 32, 64, 128], ["8", "16", "32", "64", "128"])
     axis.set_xlabel("batch of 128 tokens")
-    axis.set_ylabel("speed-up over dense, kernels alone")
+    axis.set_ylabel("speed-up over dense, CUDA graphs")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -215,11 +219,11 @@ def page(blocks: Result, models: Result, compiling: Result) -> str:
 
 One {env["gpu"]}, torch {env["torch"]}, Triton {env["triton"]}, {env["date"]}; bfloat16, random
 weights, no gradients. Written by `benchmarks/render_models.py`. Dense is compiled with
-`max-autotune-no-cudagraphs`, SS1 with `backend="ss1"`, in the same run; transformer blocks are
-compiled one by one, so that equal blocks share a graph, in both. *CUDA graphs* is dense with
-`max-autotune` and SS1 with `reduce-overhead`. *GPU* leaves out the time of launching, which the
-host of this machine is slow at: replays of one CUDA graph, or the sum of all kernels for
-Transformers' models, which cannot be captured whole.
+`max-autotune-no-cudagraphs` and by default, of which the faster counts, SS1 with `backend="ss1"`,
+in the same run; transformer blocks are compiled one by one, so that equal blocks share a graph, in
+both. *Launched* are calls as they are; *CUDA graph* are replays of one `torch.cuda.graph` of such a
+call, which leave out what the host takes to launch kernels: most of the time of small batches, on
+the slow host of this machine.
 
 On CUDA the operators are launched from C++, from the third call of the same sizes on. It is
 compiled in the background at the first call, with the compiler that `torch.compile` uses on the
@@ -233,15 +237,13 @@ slowly.
 """,
             "## Targets\n\n"
             + markdown(
-                ["what", "target", "launched", "", "CUDA graphs", "", "GPU", ""],
+                ["what", "target", "launched", "", "CUDA graph", ""],
                 target_rows(blocks, models),
             )
-            + "\n\nLaunched calls, calls compiled with CUDA graphs (empty: not measured), and the "
-            "GPU's part of them alone. \\* Ten other benchmarks ran on the machine, on other GPUs: "
-            "what the host launches one by one took longer for it. Why the misses are misses: the "
-            "profile below and "
-            "[benchmarks/NOTES.md](../benchmarks/NOTES.md).\n",
-            "## Where the time of a block goes\n\n![time by kernel](images/block_profile.svg)\n",
+            + "\n\nA letter names an earlier run, described below the tables of all rows; where a "
+            "cell is empty, that run did not measure it. Why the misses are misses: the profile "
+            "below and [benchmarks/NOTES.md](../benchmarks/NOTES.md).\n",
+            "## Where the time goes\n\n![time by kernel](images/block_profile.svg)\n",
             "## What fusion brings\n\n" + fusion_table(blocks) + "\n",
             *(
                 ["## BERT-large by batch\n\n![speed-up by batch](images/bert_batches.svg)\n"]
@@ -253,8 +255,8 @@ slowly.
             f"(`benchmarks/compile_time.py`, {host}, torch {where['torch']}). *Passes* are this "
             "project's, with fusion; *backend* projects the weights of a dense model at its first "
             "call; *compressed* was compressed before.\n\n" + compile_table(compiling) + "\n",
-            "## Models\n\n" + table(models["rows"]) + "\n",
-            "## Blocks\n\n" + table(blocks["blocks"]) + "\n",
+            "## Models\n\n" + table(models["rows"]) + runs(models) + "\n",
+            "## Blocks\n\n" + table(blocks["blocks"]) + runs(blocks) + "\n",
         ]
     )
 
@@ -270,7 +272,7 @@ def main() -> None:
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "ss1"
-    plot_profiles(blocks)
+    plot_profiles(profiles(blocks, models))
     if len(_batches(models)) > 1:
         plot_batches(models)
     PAGE.write_text(text)

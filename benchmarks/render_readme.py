@@ -38,11 +38,7 @@ GPU_MODELS = (
     ("vit-l", "128 x 224²", "all encoder linears, c = 4"),
     ("mixer-l", "256 x 224²", "channel MLPs, c = 4"),
 )
-MODEL_WAYS = {
-    "speedup": "launched",
-    "replayed_speedup": "CUDA graphs",
-    "gpu_speedup": "kernels alone",
-}
+MODEL_WAYS = {"speedup": "launched", "graph_speedup": "in a CUDA graph"}
 Result = Mapping[str, Any]
 
 
@@ -92,8 +88,8 @@ def gpu_figures(layers: Result, models: Result) -> str:
     whole = [
         (
             f"{row['model']}, {row['size']}, {row['variant']}, {row['kind']}"
-            + (f" ({row['note']})" if "note" in row else ""),
-            *(f"{row[way]:.2f}×" if row.get(way) else "" for way in MODEL_WAYS),
+            + (" \\*" if "run" in row else ""),
+            *(f"{row[way]:.2f}×" if way in row else "" for way in MODEL_WAYS),
         )
         for row in models["rows"]
         if row["kind"] is not None and (row["model"], row["size"], row["variant"]) in GPU_MODELS
@@ -105,9 +101,9 @@ def gpu_figures(layers: Result, models: Result) -> str:
 {table(("model", *MODEL_WAYS.values()), whole)}
 
 {gpu}, torch {torch}, Triton {triton}, bfloat16; speed-up over the faster of cuBLAS
-and `torch.compile(mode="max-autotune-no-cudagraphs")`, models over the latter (in CUDA graphs: over
-`max-autotune`). Everything measured, misses included: [docs/performance.md](docs/performance.md)
-and [docs/models.md](docs/models.md)."""
+and `torch.compile(mode="max-autotune-no-cudagraphs")`, models over the faster of that mode and the
+default. \\*: an earlier run, slower. Everything measured, misses included:
+[docs/performance.md](docs/performance.md) and [docs/models.md](docs/models.md)."""
 
 
 def _layer_row(
