@@ -30,6 +30,9 @@ def settings(row: Row) -> str:
         words.append("all parameters trained")
     if row["block_steps"]:
         words.append(f"{row['block_steps']} steps block by block")
+    words.append(f"rate {row['learning_rate']:g}")
+    if row.get("sampled"):
+        words.append(f"{row['sampled']} of the texts sampled")
     if row["seed"]:
         words.append(f"seed {row['seed']}")
     return ", ".join(words)
