@@ -323,8 +323,13 @@ def matmul_sketch(
             further: Tensor = joined.matmul_sketch(sketched, z, bias, sketch, activation, gate=gate)
             return further
     if z_gate is not None:
-        both = matmul(sketched, [z_gate, z], [gate_bias, bias], None, "none")
-        values, x = both.split(z.shape[0], dim=1)
+        pair = [z_gate, z], [gate_bias, bias]
+        up_first = z.data_ptr() + z.nbytes == z_gate.data_ptr()
+        if up_first:  # halves of one weight, which in their order are one product
+            pair = [z, z_gate], [bias, gate_bias]
+        values, x = matmul(sketched, *pair, None, "none").split(z.shape[0], dim=1)
+        if up_first:
+            values, x = x, values
         return activation_sketch(x, values, sketch, reduced_features, activation)
     if _activates_in_sketch(sketched, bias, activation, sketch):
         y = matmul(sketched, [z], [bias], None, "none")

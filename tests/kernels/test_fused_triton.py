@@ -244,6 +244,22 @@ def test_when_product_and_sketch_run_as_one_kernel(change, runs, gated, monkeypa
     assert_close(actual, joined_reference(sketched, *operands, "gelu", code), factor=4)
 
 
+@pytest.mark.parametrize("up_first", [False, True])
+def test_halves_of_one_weight_are_one_product(up_first, monkeypatch):
+    monkeypatch.setattr(fused_cuda, "_joins", lambda *_: None)
+    products = []
+    one = fused_cuda._product
+    monkeypatch.setattr(fused_cuda, "_product", lambda *o: products.append(o[1]) or one(*o))
+    code, reduced = make_sketch("learned", 96, 1, 3, 16, torch.float16)
+    whole, biases = randn(192, 40, dtype=torch.float16), randn(192, dtype=torch.float16)
+    halves = [(whole[:96], biases[:96]), (whole[96:], biases[96:])]
+    operands = sum(halves if up_first else halves[::-1], ())
+    sketched = randn(1, 70, 40, dtype=torch.float16)
+    actual = fused_cuda.matmul_sketch(sketched, *operands, "silu", code, reduced)
+    assert [z.shape for z in products] == [whole.shape]
+    assert_close(actual, joined_reference(sketched, *operands, "silu", code), factor=4)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_matmul_sketch_in_one_kernel(gated, monkeypatch):
     """The true kernel, behind the choice: operands meet in the right places."""
