@@ -40,7 +40,7 @@ def heal(
     metric: Annotated[str, typer.Option(help="cosine or perplexity, of --held-out.")] = "cosine",
     steps: Annotated[int, typer.Option(min=0, help="End-to-end steps.")] = 400,
     block_steps: Annotated[int, typer.Option(min=0, help="Steps block by block, first.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, the greatest.")] = 5e-4,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, the greatest.")] = 1e-3,
     state: Annotated[
         Path | None, typer.Option(help="Directory for the state of the run, to resume from.")
     ] = None,

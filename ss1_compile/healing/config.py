@@ -49,7 +49,7 @@ class HealConfig:
 
     steps: int = 400
     block_steps: int = 0
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     hidden_weight: float = 1.0
     clip: float = 1.0
     train: Literal["ss1", "all"] = "ss1"
