@@ -140,6 +140,7 @@ class _Run:
     ) -> None:
         self.models, self.model = models, models[0]
         self.config, self.batches = config, batches
+        self.device = next(self.model.parameters()).device
         self.loss_of, self.evaluation = loss_of, evaluation
         self.directory = None if directory is None else Path(directory)
         self.precision = precision_of(self.model, config)
@@ -151,7 +152,7 @@ class _Run:
         """All steps that are still to be done."""
         config = self.config
         total = config.block_steps + config.steps
-        device = next(self.model.parameters()).device
+        device = self.device
         optimizer = torch.optim.AdamW(
             trained.values(),
             lr=config.learning_rate,
@@ -160,6 +161,8 @@ class _Run:
             fused=device.type == "cuda" or None,
         )
         with ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
             accelerator = stack.enter_context(make_accelerator(self.precision, device))
             self._resume(trained, optimizer)
             result = self.result
@@ -215,7 +218,7 @@ class _Run:
         self, phase: str, trained: list[nn.Parameter], accelerator: Any
     ) -> Callable[[Any], Tensor]:
         """``step(batch)``: the loss of a batch, whose gradients are added to the parameters'."""
-        move = partial(to_device, device=accelerator.device)
+        move = partial(to_device, device=self.device)
         if self.config.cuda_graphs:
             return Graphs(partial(self._backward, phase, accelerator), trained, move)
         return lambda batch: self._backward(phase, accelerator, move(batch))
@@ -237,7 +240,7 @@ class _Run:
                 with as_recorded() if config.cuda_graphs else nullcontext():
                     for step in first:
                         if step < config.block_steps + config.steps:
-                            batch = to_device(self.batches[self._at(step)], accelerator.device)
+                            batch = to_device(self.batches[self._at(step)], self.device)
                             self._backward(self._phase(step), accelerator, batch)
             except Exception as error:
                 # whatever a compiler fails with; what is no fault of its own comes again without it
