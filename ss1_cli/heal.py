@@ -70,7 +70,7 @@ def heal(
         import ss1_compile
         from ss1_compile.data_files import load_batches
         from ss1_compile.errors import ConfigError
-        from ss1_compile.healing.heal import check_trainable
+        from ss1_compile.healing.prepare import check_trainable
         from ss1_compile.model_sources import check_target, load_compressed, load_model
         from ss1_compile.serialization.checkpoint import read_config
 

@@ -24,14 +24,18 @@ from torch import Tensor, nn
 
 from ss1_compile.errors import CalibrationError, ConfigError, SS1Warning, TrainingError
 from ss1_compile.evaluation import Evaluation, Output
-from ss1_compile.experts import SS1ExpertLinear
 from ss1_compile.healing.compiled import compiled
 from ss1_compile.healing.config import HealConfig, Healing
 from ss1_compile.healing.graphs import Graphs, as_recorded
 from ss1_compile.healing.loss import Distillation
-from ss1_compile.healing.prepare import make_accelerator, precision_of, prepared, to_device
+from ss1_compile.healing.prepare import (
+    check_trainable,
+    make_accelerator,
+    precision_of,
+    prepared,
+    to_device,
+)
 from ss1_compile.healing.state import HealingState, read_state, write_state
-from ss1_compile.modules import SS1Linear
 from ss1_compile.option_checks import reject_unknown_keys
 
 
@@ -102,23 +106,6 @@ def heal(
     with prepared(model, teacher, config) as trained:
         run.train(trained, progress)
     return run.result
-
-
-def check_trainable(model: nn.Module) -> None:
-    """Refuse a model without SS1 layers, and one whose z cannot be trained.
-
-    Raises:
-        ConfigError: there are none, or one is quantised; it is named.
-    """
-    if not any(isinstance(m, SS1Linear | SS1ExpertLinear) for m in model.modules()):
-        raise ConfigError("the model has no SS1 layers; compress it first (ss1_compile.compress)")
-    for name, module in model.named_modules():
-        if isinstance(module, SS1Linear) and module.quantization is not None:
-            raise ConfigError(
-                f"{name or 'the model'} is quantised ({module.quantization}) and its z cannot be "
-                f"trained; compress without quantization, heal, then quantise "
-                f"(ss1_compile.quantize)"
-            )
 
 
 def _known(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,23 @@ from ss1_compile.healing.config import HealConfig, Precision
 from ss1_compile.modules import SS1Linear
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model without SS1 layers, and one whose z cannot be trained.
+
+    Raises:
+        ConfigError: there are none, or one is quantised; it is named.
+    """
+    if not any(isinstance(m, SS1Linear | SS1ExpertLinear) for m in model.modules()):
+        raise ConfigError("the model has no SS1 layers; compress it first (ss1_compile.compress)")
+    for name, module in model.named_modules():
+        if isinstance(module, SS1Linear) and module.quantization is not None:
+            raise ConfigError(
+                f"{name or 'the model'} is quantised ({module.quantization}) and its z cannot be "
+                f"trained; compress without quantization, heal, then quantise "
+                f"(ss1_compile.quantize)"
+            )
+
+
 def precision_of(model: nn.Module, config: HealConfig) -> Precision:
     """Of the forward pass.
 
