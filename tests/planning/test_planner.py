@@ -137,6 +137,7 @@ def test_a_plan_solves_other_budgets_and_survives_json(planned, tmp_path):
     changed = Plan.load(tmp_path / "plan.json")
     assert changed == plan.with_choice(plan.layers[0].name, 8)
     assert changed.config.overrides[plan.layers[0].name] == 8
+    assert changed.config.refit_dense
     with pytest.raises(ConfigError, match=rf"{plan.layers[0].name}.*\[1, 1\.5, 2, 4, 8\]"):
         plan.with_choice(plan.layers[0].name, 5)
 
