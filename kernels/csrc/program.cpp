@@ -75,6 +75,7 @@ struct Driver {
 
 using TensorMap = std::array<uint64_t, 16>;
 constexpr size_t kMostMaps = 4;
+constexpr size_t kMapAlignment = 64;
 
 struct View {
   int64_t slot, offset;  // in elements, from where the slot's tensor begins
@@ -241,7 +242,11 @@ struct Replay {
     c10::SmallVector<void*, 48> parameters;
     for (const auto& value : step.values) parameters.push_back(const_cast<int64_t*>(&value));
     c10::SmallVector<char*, 24> addresses(step.patches.size());
-    alignas(64) TensorMap maps[kMostMaps];
+    // aligned by hand: a frame that realigns its stack is one that PyTorch's unwinder, which collects
+    // the stack when an error is raised below it, may not get past
+    char room[sizeof(TensorMap) * kMostMaps + kMapAlignment];
+    auto* maps = reinterpret_cast<TensorMap*>(
+        (reinterpret_cast<uintptr_t>(room) + kMapAlignment - 1) / kMapAlignment * kMapAlignment);
     size_t used = 0;
     for (size_t i = 0; i < step.patches.size(); ++i) {
       const auto& patch = step.patches[i];
