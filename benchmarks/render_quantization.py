@@ -136,6 +136,7 @@ def gpu_part(result: Result) -> list[str]:
         f"{environment['triton']}, {environment['date']}; bfloat16 x, one run "
         f"(`python benchmarks/quantized.py`).\n",
         markdown(["target", "", "measured", ""], lines) + "\n",
+        *([result["note"] + "\n"] if "note" in result else []),
         "Many rows: µs of the bfloat16 SS1 layer, how many times faster each form is, and the "
         "fastest over the dense bfloat16 layer. Why: "
         "[benchmarks/NOTES.md](../benchmarks/NOTES.md).\n",
