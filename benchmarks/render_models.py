@@ -27,7 +27,8 @@ CLASSES = (
     ("matrix product", r"gemm|nvjet|cutlass|_stream|_gemv|splitK|triton_(tem|mm)", "#1b6ca8"),
     ("sketch, with what is fused into it", r"_permute_kernel|_gather|_block_kernel", "#8fbf6b"),
     ("norm of ours", r"^_statistics|^_rows|^_norm", "#3a7d44"),
-    ("Inductor's norm and elementwise", r".", "#c8553d"),
+    ("attention", r"sdpa|flash|fmha", "#d9a441"),
+    ("norm and elementwise of PyTorch", r".", "#c8553d"),
 )
 
 
@@ -153,9 +154,10 @@ def plot_profiles(bars: Mapping[str, Sequence[tuple[str, Sequence[Row]]]]) -> No
         axis.invert_yaxis()
         axis.set_title(title, fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=7, loc="lower right")
     axes[-1, 0].set_xlabel("microseconds of kernel time per call")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, loc="upper right", ncols=len(CLASSES))
     PROFILE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PROFILE, metadata={"Date": None})
 
