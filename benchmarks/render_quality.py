@@ -129,8 +129,7 @@ def page(result: Mapping[str, Any]) -> str:
 # Quality without fine-tuning
 
 Pretrained models, every linear layer of their blocks compressed, against other methods at the same
-number of parameters. Torch {result["torch"]} on an H200 or the CPU beside it. Written by
-`benchmarks/render_quality.py`.
+number of parameters. Written by `benchmarks/render_quality.py`; torch {result["torch"]}.
 
     python benchmarks/quality.py --model minilm [--device cuda]
     python benchmarks/quality.py --model smollm2 --device cuda
