@@ -129,7 +129,9 @@ def page(result: Mapping[str, Any]) -> str:
 # Quality without fine-tuning
 
 Pretrained models, every linear layer of their blocks compressed, against other methods at the same
-number of parameters. Written by `benchmarks/render_quality.py`; torch {result["torch"]}.
+number of parameters. Written by `benchmarks/render_quality.py`.
+
+Torch {result["torch"]}.
 
     python benchmarks/quality.py --model minilm [--device cuda]
     python benchmarks/quality.py --model smollm2 --device cuda
