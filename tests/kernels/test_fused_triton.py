@@ -11,6 +11,7 @@ from ss1_compile.kernels import (  # isort: skip
     fused_portable,
     lowering,
     portable,
+    products_cuda,
     triton_activation,
     triton_elementwise,
     triton_norm,
@@ -118,10 +119,10 @@ def test_norm_sketch_of_any_shape(rows, features, c, hashes, block_k, learned):
 def test_layers_apart_in_memory_are_packed(biased, monkeypatch):
     """Into one product, unless only some have a bias."""
     products = []
-    product = fused_cuda._product
-    monkeypatch.setattr(fused_cuda, "_packing_pays", lambda rows, z: rows > 4)
+    product = products_cuda._product
+    monkeypatch.setattr(products_cuda, "_packing_pays", lambda rows, z: rows > 4)
     monkeypatch.setattr(
-        fused_cuda, "_product", lambda *given: (products.append(given), product(*given))
+        products_cuda, "_product", lambda *given: (products.append(given), product(*given))
     )
     sketched = randn(1, 5, 40, dtype=torch.float16)
     z = [randn(n, 40, dtype=torch.float16) for n in (60, 30)]
@@ -248,8 +249,8 @@ def test_when_product_and_sketch_run_as_one_kernel(change, runs, gated, monkeypa
 def test_halves_of_one_weight_are_one_product(up_first, monkeypatch):
     monkeypatch.setattr(fused_cuda, "_joins", lambda *_: None)
     products = []
-    one = fused_cuda._product
-    monkeypatch.setattr(fused_cuda, "_product", lambda *o: products.append(o[1]) or one(*o))
+    one = products_cuda._product
+    monkeypatch.setattr(products_cuda, "_product", lambda *o: products.append(o[1]) or one(*o))
     code, reduced = make_sketch("learned", 96, 1, 3, 16, torch.float16)
     whole, biases = randn(192, 40, dtype=torch.float16), randn(192, dtype=torch.float16)
     halves = [(whole[:96], biases[:96]), (whole[96:], biases[96:])]
@@ -285,8 +286,8 @@ def test_activation_in_the_library_s_epilogue(activation, dtype):
         randn(96).to(dtype),
     )
     y = torch.empty(300, 96, dtype=dtype, device=sketched.device)
-    assert fused_cuda._in_epilogue(sketched, bias, None, activation, y)
-    fused_cuda._library_product(sketched, z, bias, None, activation, y)
+    assert products_cuda._in_epilogue(sketched, bias, None, activation, y)
+    products_cuda._library_product(sketched, z, bias, None, activation, y)
     exact = fused_portable.matmul(
         sketched.double(), [z.double()], [bias.double()], None, activation
     )
