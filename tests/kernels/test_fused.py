@@ -31,7 +31,8 @@ def make_sketch(kind, features, hashes, reduction=3, dtype=torch.float64, block_
     size = reduction * block_k
     groups = -(-features // size)
     if kind == "learned":
-        return torch.randn(hashes, groups, size, block_k, dtype=dtype)
+        # of orthonormal columns' size: float16 overflows where sketches follow one another
+        return torch.randn(hashes, groups, size, block_k, dtype=dtype) / size**0.5
     rotations = torch.randint(0, block_k // 8, (hashes, groups, reduction)) * 8
     return layout.pack(rotations, torch.randn(rotations.shape))
 

@@ -25,7 +25,8 @@ def make_sketch(kind, features, hashes, c, block_k, dtype):
     groups = -(-features // (c * block_k))
     if kind == "rotation":
         return random_code(hashes, groups, c, block_k), groups * block_k
-    return randn(hashes, groups, c * block_k, block_k, dtype=dtype), groups * block_k
+    blocks = randn(hashes, groups, c * block_k, block_k, dtype=dtype)
+    return blocks / (c * block_k) ** 0.5, groups * block_k  # float16 overflows otherwise
 
 
 def norm_reference(s, weight, bias, eps, rms):
