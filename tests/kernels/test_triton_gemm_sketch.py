@@ -1,18 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from triton_support import DTYPES, ON_GPU, assert_close, randn
+from triton_support import ACTIVATIONS, DTYPES, ON_GPU, assert_close, randn
 
 from ss1_compile.kernels import triton_elementwise, triton_gemm_sketch  # isort: skip
 
 HALF = [dtype for dtype in DTYPES if dtype != torch.float32]
-ACTIVATIONS = {
-    "none": lambda v: v,
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 def expected(sketched, z, bias, blocks, activation, gate=None):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need Triton")
 pytest.importorskip("numpy", reason="Triton's interpreter needs NumPy")
@@ -30,6 +31,14 @@ def _allow_numpy_2_4() -> None:
 
 if not ON_GPU:
     _allow_numpy_2_4()
+
+ACTIVATIONS = {  # what the kernels' names mean
+    "none": lambda v: v,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    "silu": F.silu,
+}
 
 # of the result's norm: rounding the output once, and for products the rounding of X̃
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
