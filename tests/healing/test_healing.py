@@ -195,13 +195,7 @@ def test_block_by_block_keeps_gradients_inside_the_block(case):
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=16,
-    )  # fmt: skip
-    teacher = transformers.BertModel(config, add_pooling_layer=False).eval()
+    teacher = bert()
     batches = [{"input_ids": ids} for ids in torch.randint(50, (4, 3, 9))]
     model = copy.deepcopy(teacher)
     ss1_compile.compress(
