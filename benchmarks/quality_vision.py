@@ -74,9 +74,13 @@ class DinoV2:
         start = self.probed + seed * self.documents
         return self._batches(self._train[0][start : start + self.documents])
 
-    def tokens(self, seed: int) -> int:
+    def planning(self, seed: int) -> list[Batch]:
+        """All of them."""
+        return self.calibration(seed)
+
+    def tokens(self, batches: list[Batch]) -> int:
         """See :class:`quality_models.Subject`."""
-        return self.documents * self.tokens_per_image
+        return sum(len(batch["pixel_values"]) for batch in batches) * self.tokens_per_image
 
     @property
     def output(self) -> Callable[[nn.Module, Batch], Tensor]:

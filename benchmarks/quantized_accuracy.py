@@ -188,7 +188,7 @@ def main() -> None:
     except FileNotFoundError:
         results = {"rows": [], "layers": []}
     subject = MODELS[arguments.model](arguments.device, arguments.documents)
-    run = {"torch": torch.__version__, "calibration_tokens": subject.tokens(0)}
+    run = {"torch": torch.__version__, "calibration_tokens": subject.tokens(subject.calibration(0))}
     earlier = results.setdefault(f"{arguments.model}_run", run)
     if earlier["calibration_tokens"] != run["calibration_tokens"]:  # of other statistics
         results["rows"] = [row for row in results["rows"] if row["model"] != subject.name]

@@ -47,15 +47,35 @@ def cell(rows: Sequence[Row], name: str) -> str:
     return f"{fmean(values):.{digits}f}{spread}"
 
 
-def largest(rows: Sequence[Row]) -> list[Row]:
-    """Those with the most calibration text: smaller runs are no competitors."""
-    most = max(row["calibration_tokens"] for row in rows)
-    return [row for row in rows if row["calibration_tokens"] > 0.8 * most]
-
-
 def fresh(rows: Sequence[Row]) -> list[Row]:
     """Those that were not measured before a change, if there are any."""
     return [row for row in rows if "note" not in row] or list(rows)
+
+
+def sizes(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """The rows of one method by calibration tokens, those measured before a change where need be.
+
+    Most text first.
+    """
+    amounts = sorted({row["calibration_tokens"] for row in rows}, reverse=True)
+    found = {n: pick(rows, calibration_tokens=n) for n in amounts}
+    return {n: fresh(of) for n, of in found.items()}
+
+
+def shown(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one method to be shown: those with the most text, not from before a change."""
+    for of in sizes(fresh(rows)).values():
+        return of
+    return []
+
+
+def alike(ours: Sequence[Row], others: Sequence[Row]) -> tuple[list[Row], list[Row]] | None:
+    """Rows of two methods with equally much text, as much as possible, from the same code."""
+    mine, its = sizes(ours), sizes(others)
+    for tokens, rows in mine.items():
+        if tokens in its and rows[0].get("note") == its[tokens][0].get("note"):
+            return rows, its[tokens]
+    return None
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -65,26 +85,50 @@ def tables(result: Mapping[str, Any]) -> str:
         model = dense["model"]
         of_model = pick(result["rows"], model=model)
         for c in sorted({row["c"] for row in of_model}):
-            rows = largest(pick(of_model, c=c))
+            rows = pick(of_model, c=c)
             names = [n for n in COLUMNS if any(n in row for row in rows)]
             methods = dict.fromkeys(row["method"] for row in rows)
+            of_method = {m: shown(pick(rows, method=m)) for m in methods}
             lines = [
-                [f"**{m}**" if m in BARS else m, str(len(found)), *(cell(found, n) for n in names)]
-                for m in methods
-                for found in [fresh(pick(rows, method=m))]
+                [
+                    f"**{m}**" if m in BARS else m,
+                    thousands(found[0]["calibration_tokens"]),
+                    str(len(found)),
+                    *(cell(found, n) for n in names),
+                ]
+                for m, found in of_method.items()
             ]
-            tokens = round(fmean(row["calibration_tokens"] for row in rows))
             known = ", ".join(f"{COLUMNS[n]} {dense[n]:.3f}" for n in names if n in dense)
-            text = f"{tokens} calibration tokens per seed; dense: {known}."
-            shown = [row for m in methods for row in fresh(pick(rows, method=m))]
-            for note in sorted({row["note"] for row in shown if row.get("note")}):
-                told = dict.fromkeys(row["method"] for row in shown if row.get("note") == note)
-                text += f" Measured before a change: {note} ({', '.join(told)})."
-            parts.append(
-                f"## {model}, c = {c:g}\n\n{text}\n\n"
-                + markdown(["method", "seeds", *(COLUMNS[n] for n in names)], lines)
-            )
+            text = f"Dense: {known}."
+            told: dict[str, list[str]] = {}
+            for m, found in of_method.items():
+                if "note" in found[0]:
+                    told.setdefault(found[0]["note"], []).append(m)
+            for note, stale in sorted(told.items()):
+                text += f" Measured before a change: {note} ({', '.join(stale)})."
+            heads = ["method", "tokens", "seeds", *(COLUMNS[n] for n in names)]
+            parts.append(f"## {model}, c = {c:g}\n\n{text}\n\n{markdown(heads, lines)}")
+            parts += [text for text in [by_size(rows)] if text]
     return "\n\n".join(parts)
+
+
+def thousands(tokens: float) -> str:
+    """``64 K`` for 65536."""
+    return f"{tokens / 1024:.0f} K"
+
+
+def by_size(rows: Sequence[Row]) -> str:
+    """What more calibration text gives, of the methods that were measured with several amounts."""
+    figure = "nll" if "nll" in rows[0] else "cosine"
+    lines, columns = [], sorted({row["calibration_tokens"] for row in rows})
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = sizes(pick(rows, method=method))
+        if len(found) > 1:
+            lines.append([method, *(cell(found.get(n, []), figure) for n in columns)])
+    if not lines:
+        return ""
+    heads = [f"{figure} by calibration tokens", *map(thousands, columns)]
+    return markdown(heads, lines)
 
 
 def aims(result: Mapping[str, Any]) -> str:
@@ -97,9 +141,9 @@ def aims(result: Mapping[str, Any]) -> str:
     for dense in result["dense"]:
         of_model = pick(result["rows"], model=dense["model"])
         for c in sorted({row["c"] for row in of_model}):
-            rows = largest(pick(of_model, c=c))
+            rows = pick(of_model, c=c)
             for method, bars in BARS.items():
-                ours = fresh(pick(rows, method=method))
+                ours = shown(pick(rows, method=method))
                 where = f"{dense['model']}, c = {c:g}{method.removeprefix(OURS)}"
                 if not ours:
                     continue
@@ -115,9 +159,9 @@ def aims(result: Mapping[str, Any]) -> str:
                     add(f"{where}: error alone, one-shot", "≤ 0.22", alone, alone <= 0.22)
                 figure, sign = ("nll", -1) if "nll" in dense else ("cosine", 1)
                 for bar in bars:
-                    found = fresh(pick(rows, method=bar))
-                    if found and ours[0].get("note") == found[0].get("note"):
-                        mine, its = (fmean(row[figure] for row in x) for x in (ours, found))
+                    pair = alike(pick(rows, method=method), pick(rows, method=bar))
+                    if pair is not None:
+                        mine, its = (fmean(row[figure] for row in x) for x in pair)
                         lead = sign * (mine - its)
                         add(f"{where}: {figure}, lead over {bar}", "> 0", lead, lead > 0)
     return markdown(["what", "aim", "measured", ""], lines)

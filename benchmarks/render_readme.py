@@ -84,24 +84,25 @@ def best_figures(quality: Result, healing: Result) -> str:
     svd = "activation-aware SVD, outputs weighed"
     cases = ((minilm, 2, "cosine"), (minilm, 4, "cosine"), (language, 2, "perplexity"))
 
-    def cell(method: str, model: str, c: int, metric: str) -> str:
-        rows = [
-            row
-            for row in quality["rows"]
-            if (row["model"], row["c"], row["method"]) == (model, c, method)
-        ]
-        rows = [row for row in rows if "note" not in row] or rows  # of the library as it is
-        return f"{fmean(row[metric] for row in rows):.3g}" if rows else ""
-
-    rows = [
-        (label, *(cell(method, *case) for case in cases))
-        for label, method in (
-            ("learned sketch, one c for all layers", "learned sketch"),
-            ("learned sketch, `plan`", "learned sketch, planned"),
-            ("low rank (activation-aware SVD)", svd),
-            ("low rank, planned likewise", f"{svd}, planned"),
+    labels = {
+        "learned sketch": "learned sketch, one c for all layers",
+        "learned sketch, planned": "learned sketch, `plan`",
+        svd: "low rank (activation-aware SVD)",
+        f"{svd}, planned": "low rank, planned likewise",
+    }
+    cells: dict[str, list[str]] = {method: [] for method in labels}
+    for model, c, metric in cases:
+        of_case = [row for row in quality["rows"] if (row["model"], row["c"]) == (model, c)]
+        amounts = (
+            {row["calibration_tokens"] for row in of_case if row["method"] == method}
+            for method in labels
         )
-    ]
+        most = max(set.intersection(*amounts))  # all methods with equally much text
+        for method, found in cells.items():
+            alike = [r for r in of_case if (r["method"], r["calibration_tokens"]) == (method, most)]
+            fresh = [row for row in alike if "note" not in row]  # of the library as it is
+            found.append(f"{fmean(row[metric] for row in fresh or alike):.3g}")
+    rows = [(label, *cells[method]) for method, label in labels.items()]
     healed = [row for row in healing["rows"] if row["model"] == minilm and row["plan"]]
     last = max(healed, key=lambda row: float(row["points"][-1]["cosine"]))
     cosine, seconds, c = last["points"][-1]["cosine"], last["seconds"], last["reduction"]

@@ -37,8 +37,11 @@ class Small:
         torch.manual_seed(seed)
         return [{"input_ids": torch.randint(0, 200, (8, 32))} for _ in range(4)]
 
-    def tokens(self, seed: int) -> int:
-        return 4 * 8 * 32
+    def planning(self, seed: int) -> list[dict[str, torch.Tensor]]:
+        return self.calibration(seed)
+
+    def tokens(self, batches: list[dict[str, torch.Tensor]]) -> int:
+        return sum(batch["input_ids"].numel() for batch in batches)
 
     def lost(self, model: nn.Module) -> float:
         ids = self.calibration(7)[0]["input_ids"]
