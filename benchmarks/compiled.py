@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -177,16 +177,26 @@ def median_ms(call: Callable[[], object], seconds: float = 1.0) -> float:
     return statistics.median(times)
 
 
-def as_launched() -> AbstractContextManager[object]:
+@contextmanager
+def as_launched() -> Iterator[None]:
     """Lets Transformers' models take the way they take when launched while a stream is capturing.
 
-    They make a mask then, and compile again for it.
+    They make a mask then, and compile again for it; and look whether positions are of several
+    packed texts, which waits for the GPU. Here they never are.
     """
-    try:
-        from transformers.utils import import_utils
-    except ImportError:
-        return nullcontext()
-    return mock.patch.object(import_utils, "is_cuda_stream_capturing", return_value=False)
+    with ExitStack() as stack:
+        try:
+            from transformers import masking_utils
+            from transformers.utils import import_utils
+        except ImportError:
+            pass
+        else:
+            for module, name, result in (
+                (import_utils, "is_cuda_stream_capturing", False),
+                (masking_utils, "find_packed_sequence_indices", None),
+            ):
+                stack.enter_context(mock.patch.object(module, name, return_value=result))
+        yield
 
 
 def graph_ms(call: Callable[[], object], seconds: float = 1.0) -> float:
