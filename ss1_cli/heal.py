@@ -39,8 +39,14 @@ def heal(
     held_out: OptionalData = None,
     metric: Annotated[str, typer.Option(help="cosine or perplexity, of --held-out.")] = "cosine",
     steps: Annotated[int, typer.Option(min=0, help="End-to-end steps.")] = 400,
+    seconds: Annotated[
+        float | None, typer.Option(help="Train for so long in place of --steps.")
+    ] = None,
     block_steps: Annotated[int, typer.Option(min=0, help="Steps block by block, first.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, the greatest.")] = 1e-3,
+    label_weight: Annotated[
+        float, typer.Option(help="Of the text's own next tokens, for language models.")
+    ] = 0.0,
     state: Annotated[
         Path | None, typer.Option(help="Directory for the state of the run, to resume from.")
     ] = None,
@@ -49,6 +55,10 @@ def heal(
     ] = False,
     compile: Annotated[
         bool, typer.Option("--compile", help="torch.compile; pays on CUDA.")
+    ] = False,
+    materialize: Annotated[
+        bool,
+        typer.Option("--materialize", help="Train with dense weights, made once a step."),
     ] = False,
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Record the steps; pays for small models on CUDA.")
@@ -79,13 +89,16 @@ def heal(
         sizes = {"samples": samples, "batch_size": batch_size, "max_tokens": max_tokens}
         config = ss1_compile.HealConfig(
             steps=steps,
+            seconds=seconds,
             block_steps=block_steps,
             learning_rate=learning_rate,
+            label_weight=label_weight,
             gradient_checkpointing=checkpointing,
             compile=compile,
+            materialize=materialize,
             cuda_graphs=cuda_graphs,
             seed=seed,
-            evaluate_every=0 if held_out is None else max(1, (steps + block_steps) // 8),
+            evaluate_every=0 if held_out is None or seconds else max(1, (steps + block_steps) // 8),
         )
         quantized = quantization_of(quantization, quantization_group_size, rounding)
         saved = read_config(compressed).config
@@ -101,9 +114,12 @@ def heal(
             batches = [] if data is None else load_batches(data, loaded, **sizes)
             unseen = None if held_out is None else load_batches(held_out, loaded, **sizes)
         if dry_run:
+            length = f"{steps + block_steps} steps"
+            if seconds is not None:
+                length = f"{block_steps} steps and {seconds:g} s"
             texts = f" and {sampled} texts that it samples" if sampled else ""
             out(
-                f"dry run: would train {steps + block_steps} steps of {batch_size} on "
+                f"dry run: would train {length} of {batch_size} on "
                 f"{len(batches)} batches{texts}; nothing was written"
             )
             return

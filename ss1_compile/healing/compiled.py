@@ -21,7 +21,8 @@ _FORMS = 1024
 def compiled(models: Sequence[nn.Module], loss_of: Distillation) -> Iterator[None]:
     """``torch.compile`` the blocks' forward passes and the loss, until the context is closed.
 
-    A model without repeated blocks is compiled as a whole.
+    Blocks that were left dense are compiled with the others. A model without repeated blocks is
+    compiled as a whole.
 
     Args:
         models: that have the blocks of ``loss_of``.
@@ -29,7 +30,7 @@ def compiled(models: Sequence[nn.Module], loss_of: Distillation) -> Iterator[Non
     """
     # Dynamo gives up after eight forms of a function, and planned blocks differ in their sizes
     limits = torch._dynamo.config.patch(recompile_limit=_FORMS, accumulated_recompile_limit=_FORMS)
-    blocks = [model.get_submodule(name) for model in models for name in loss_of.blocks or [""]]
+    blocks = [block for model in models for block in _alike(model, loss_of.blocks)]
     forwards = [vars(block).get("forward") for block in blocks]
     try:
         for block in blocks:
@@ -44,3 +45,13 @@ def compiled(models: Sequence[nn.Module], loss_of: Distillation) -> Iterator[Non
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+def _alike(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The blocks, and those beside them of the same classes; the model without any."""
+    if not names:
+        return [model]
+    blocks = [model.get_submodule(name) for name in names]
+    kinds = {type(block) for block in blocks}
+    beside = model.get_submodule(names[0].rpartition(".")[0]).children()
+    return [block for block in beside if type(block) in kinds]

@@ -21,10 +21,15 @@ class HealConfig:
 
     Attributes:
         steps: end-to-end optimiser steps.
+        seconds: train end to end for so long in place of ``steps``: the learning rate follows the
+            clock. Compiling and recording count, evaluating and saving do not. A resumed run goes
+            on with the time that is left; the number of steps, and so the result, varies.
         block_steps: steps block by block before them; 0 leaves them out.
         learning_rate: of AdamW, the greatest; it rises over the first 5 % of each phase and falls
             to nothing along a cosine.
         hidden_weight: of the hidden states beside the outputs; 0 leaves them out.
+        label_weight: of the text's own next tokens (mean negative log-likelihood) beside the
+            teacher's outputs, for language models: what is healed gets to know the text, too.
         clip: greatest norm of the gradient.
         train: ``"ss1"`` trains SS1 layers, norms and the biases of the other layers; ``"all"``
             every parameter.
@@ -32,9 +37,14 @@ class HealConfig:
             devices that support it, float32 elsewhere. What is trained is float32 in any case.
         gradient_checkpointing: recompute activations, through the model's own switch.
         compile: compile the blocks of both models and the loss (``torch.compile``). Pays from some
-            hundred steps on, on CUDA, where the blocks are alike (planned ones are not). Steps are
-            then repeatable on the same software only, and a resumed run ends at nearly the same
-            weights. Where it fails, healing warns and goes on without.
+            hundred steps on, on CUDA, where the blocks are alike (planned ones are with
+            ``materialize`` only). Steps are then repeatable on the same software only, and a
+            resumed run ends at nearly the same weights. Where it fails, healing warns and goes on
+            without.
+        materialize: run layers with learned sketches as dense ones, with ``W = z Sᵀ`` made once a
+            step: c times the multiplications, but for layers of some hundred features less time
+            and memory traffic, and blocks are alike whatever their sketches. What is trained is
+            the same; rounding differs.
         cuda_graphs: record each step's passes in a CUDA graph, one for each of the first 16 forms
             of batches (structure, shapes, dtypes), so that small models do not wait for the host.
             Needs memory for the largest batch of each form. Where it fails, healing warns and goes
@@ -48,14 +58,17 @@ class HealConfig:
     """
 
     steps: int = 400
+    seconds: float | None = None
     block_steps: int = 0
     learning_rate: float = 1e-3
     hidden_weight: float = 1.0
+    label_weight: float = 0.0
     clip: float = 1.0
     train: Literal["ss1", "all"] = "ss1"
     precision: Precision | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    materialize: bool = False
     cuda_graphs: bool = False
     seed: int = 0
     save_every: int = 100
@@ -69,14 +82,17 @@ class HealConfig:
                 raise ConfigError(
                     f"{name} must be an integer of at least {smallest}, got {value!r}"
                 )
-        if self.steps + self.block_steps < 1:
+        if self.seconds is None and self.steps + self.block_steps < 1:
             raise ConfigError("steps and block_steps are both 0: there is nothing to do")
-        for name in ("learning_rate", "clip", "hidden_weight"):
+        for name in ("learning_rate", "clip", "hidden_weight", "label_weight", "seconds"):
             value = getattr(self, name)
+            if value is None and name == "seconds":
+                continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 <= value < math.inf or (name != "hidden_weight" and value == 0):
+            least_value = 0 if name.endswith("weight") else math.ulp(0.0)
+            if not number or not least_value <= value < math.inf:
                 raise ConfigError(f"{name} must be a positive finite number, got {value!r}")
-        for name in ("gradient_checkpointing", "compile", "cuda_graphs"):
+        for name in ("gradient_checkpointing", "compile", "materialize", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.train not in ("ss1", "all"):

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ss1_compile.errors import CalibrationError, ConfigError, SS1Warning, TrainingError
@@ -28,6 +26,7 @@ from ss1_compile.healing.compiled import compiled
 from ss1_compile.healing.config import HealConfig, Healing
 from ss1_compile.healing.graphs import Graphs, as_recorded
 from ss1_compile.healing.loss import Distillation
+from ss1_compile.healing.materialized import Materialized
 from ss1_compile.healing.prepare import (
     check_trainable,
     make_accelerator,
@@ -35,6 +34,7 @@ from ss1_compile.healing.prepare import (
     prepared,
     to_device,
 )
+from ss1_compile.healing.schedule import bar, is_over, rate, spent
 from ss1_compile.healing.state import HealingState, read_state, write_state
 from ss1_compile.option_checks import reject_unknown_keys
 
@@ -55,8 +55,8 @@ def heal(
     """Train ``model``, in place, to compute what ``teacher`` does.
 
     The same seed, data, model and device give the same result, also when a run was interrupted and
-    resumed. Dropout is off. Parameters of 16-bit models are float32 while they train and are
-    converted back at the end.
+    resumed (not with ``seconds``, which the clock ends). Dropout is off. Parameters of 16-bit
+    models are float32 while they train and are converted back at the end.
 
     Args:
         model: compressed (:func:`ss1_compile.compress`), on the device to train on.
@@ -93,7 +93,7 @@ def heal(
     evaluation = None
     if held_out is not None or callable(metric):
         evaluation = Evaluation(metric, teacher, held_out or (), output)
-    loss_of = Distillation(model, teacher, config.hidden_weight, output)
+    loss_of = Distillation(model, teacher, config.hidden_weight, output, config.label_weight)
     if config.block_steps and not loss_of.blocks:
         raise ConfigError(
             "block_steps needs a ModuleList or Sequential with SS1 layers in several members, "
@@ -131,6 +131,7 @@ class _Run:
         self.loss_of, self.evaluation = loss_of, evaluation
         self.directory = None if directory is None else Path(directory)
         self.precision = precision_of(self.model, config)
+        self._dense_form = Materialized(self.model, loss_of.blocks) if config.materialize else None
         self.sixteen = any(p.element_size() == 2 for p in self.model.parameters())
         self._started = 0.0
         self.result = Healing(metric=None if evaluation is None else evaluation.name)
@@ -138,7 +139,6 @@ class _Run:
     def train(self, trained: dict[str, nn.Parameter], progress: bool) -> None:
         """All steps that are still to be done."""
         config = self.config
-        total = config.block_steps + config.steps
         device = self.device
         optimizer = torch.optim.AdamW(
             trained.values(),
@@ -157,28 +157,30 @@ class _Run:
             if result.steps == 0:
                 self._evaluate("blocks" if config.block_steps else "model", accelerator)
             self._started = time.perf_counter() - result.seconds
-            if config.compile and result.steps < total:
+            if config.compile and not self._over(result.steps):
                 stack.enter_context(self._compiled(trained, accelerator))
             steps = {
                 phase: self._step(phase, list(trained.values()), accelerator)
                 for phase in ("blocks", "model")
             }
             losses: list[Tensor] = []
-            bar = stack.enter_context(_bar(progress))
-            task = bar.add_task("healing", total=total, completed=result.steps, loss="")
-            for step in range(result.steps, total):
+            shown = stack.enter_context(bar(progress))
+            task = shown.add_task("healing", total=self._progress[1], loss="")
+            while not self._over(step := result.steps):
+                factor = rate(config, step, self._spent)
                 for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * _rate(step, config)
+                    group["lr"] = config.learning_rate * factor
                 phase = self._phase(step)
                 losses.append(steps[phase](self.batches[self._at(step)]))
                 accelerator.clip_grad_norm_(list(trained.values()), config.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 result.steps = step + 1
-                last = result.steps in (total, config.block_steps)
+                self._tick()
+                last = self._over(result.steps) or result.steps == config.block_steps
                 if len(losses) == 10 or last:
                     self._note(phase, losses)
-                    bar.update(task, loss=f"loss {result.curve[-1]['loss']:.4g}")
+                    shown.update(task, loss=f"loss {result.curve[-1]['loss']:.4g}")
                     losses = []
                 every = config.evaluate_every
                 with self._paused():
@@ -186,7 +188,7 @@ class _Run:
                         self._evaluate(phase, accelerator)
                     if self.directory and (last or result.steps % config.save_every == 0):
                         self._save(trained, optimizer)
-                bar.update(task, completed=result.steps)
+                shown.update(task, completed=self._progress[0])
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -197,6 +199,21 @@ class _Run:
 
     def _tick(self) -> None:
         self.result.seconds = time.perf_counter() - self._started
+
+    @property
+    def _spent(self) -> float:
+        return spent(self.result.curve, self.result.seconds)
+
+    @property
+    def _progress(self) -> tuple[float, float]:
+        """What is done, and of how much: steps, or seconds end to end."""
+        config, steps = self.config, self.result.steps
+        if config.seconds is None:
+            return steps, config.block_steps + config.steps
+        return min(self._spent, config.seconds), config.seconds
+
+    def _over(self, step: int) -> bool:
+        return is_over(self.config, step, self._spent)
 
     def _phase(self, step: int) -> str:
         return "blocks" if step < self.config.block_steps else "model"
@@ -212,10 +229,15 @@ class _Run:
 
     def _backward(self, phase: str, accelerator: Any, batch: Any) -> Tensor:
         blocks = phase == "blocks"
-        with accelerator.autocast():
-            loss = (self.loss_of.block_by_block if blocks else self.loss_of.end_to_end)(batch)
-        accelerator.backward(loss)
-        return loss.detach()
+        form = self._dense_form
+        # to the end of the backward pass, which may run the blocks again
+        with nullcontext() if form is None else form.in_place():
+            with accelerator.autocast():
+                if form is not None:
+                    form.make_weights()
+                loss = (self.loss_of.block_by_block if blocks else self.loss_of.end_to_end)(batch)
+            accelerator.backward(loss)
+            return loss.detach()
 
     def _compiled(self, trained: Mapping[str, nn.Parameter], accelerator: Any) -> ExitStack:
         """Compile, try it on the first batch of each phase that is to come, undo it if it fails."""
@@ -226,7 +248,7 @@ class _Run:
             try:
                 with as_recorded() if config.cuda_graphs else nullcontext():
                     for step in first:
-                        if step < config.block_steps + config.steps:
+                        if not self._over(step):
                             batch = to_device(self.batches[self._at(step)], self.device)
                             self._backward(self._phase(step), accelerator, batch)
             except Exception as error:
@@ -263,7 +285,8 @@ class _Run:
         if self.evaluation is None:
             return
         # Parameters of 16-bit models are float32 meanwhile, their inputs are not
-        with accelerator.autocast() if self.sixteen else nullcontext():
+        eager = torch.compiler.set_stance("force_eager")  # compiled without gradients, for a few
+        with eager, accelerator.autocast() if self.sixteen else nullcontext():
             figure, curve = self.evaluation(self.model), self.result.curve
         if not curve or curve[-1]["step"] != self.result.steps:
             entry = {"step": self.result.steps, "phase": phase, "loss": None}
@@ -282,28 +305,3 @@ class _Run:
         found = read_state(self.directory, wanted, trained, optimizer)
         if found is not None:
             self.result = Healing(**{**found.result, "metric": self.result.metric})
-
-
-def _rate(step: int, config: HealConfig) -> float:
-    """Of the learning rate: up over 5 % of the phase, down to nothing along a cosine."""
-    blocks = step < config.block_steps
-    at = step if blocks else step - config.block_steps
-    length = config.block_steps if blocks else config.steps
-    warm = max(1, round(0.05 * length))
-    if at < warm:
-        return (at + 1) / warm
-    done = (at - warm) / max(1, length - warm)
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _bar(progress: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not progress,
-    )

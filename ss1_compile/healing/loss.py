@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ss1_compile.errors import ConfigError
 from ss1_compile.evaluation import Output, mask_of, tokens
 from ss1_compile.experts import SS1ExpertLinear
 from ss1_compile.modules import SS1Linear
@@ -55,6 +56,22 @@ def output_loss(
     return mean if logits else mean + relative_error(a, b, mask)
 
 
+def label_loss(logits: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean negative log-likelihood of the next token, in nats, float32.
+
+    Args:
+        logits: ``[B, T, vocabulary]``.
+        ids: int64 ``[B, T]``, the text; position t is judged by the token at t + 1.
+        mask: bool ``[B, T]``, of the tokens that count; ``None`` means all.
+    """
+    found = logits[:, :-1].float().log_softmax(-1)
+    lost = -found.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    if mask is None:
+        return lost.mean()
+    both = mask[:, 1:] & mask[:, :-1]
+    return torch.where(both, lost, 0.0).sum() / both.sum().clamp(min=1)
+
+
 def distance(
     got: Tensor,
     wanted: Tensor,
@@ -64,8 +81,12 @@ def distance(
     dense: Sequence[Tensor],
     masks: Sequence[Tensor | None],
     weight: float,
+    ids: Tensor | None = None,
+    label_weight: float = 0.0,
 ) -> Tensor:
     """:func:`output_loss` plus ``weight`` times the mean :func:`relative_error` of hidden states.
+
+    And plus ``label_weight`` times :func:`label_loss`.
 
     Args:
         got: the student's outputs ``[..., features]``.
@@ -76,8 +97,12 @@ def distance(
         dense: the teacher's.
         masks: of each hidden state.
         weight: of the hidden states.
+        ids: the text, int64 ``[B, T]``; ``None`` leaves its next tokens out.
+        label_weight: of the next tokens.
     """
     loss = output_loss(got, wanted, logits, mask)
+    if ids is not None:
+        loss = loss + label_weight * label_loss(got, ids, mask)
     return loss + weight * mean_error(made, dense, masks) if made else loss
 
 
@@ -187,6 +212,7 @@ class Distillation:
         teacher: the dense model, in eval mode.
         hidden_weight: of the mean relative squared error of the blocks' outputs.
         output: see :func:`ss1_compile.evaluation.outputs`.
+        label_weight: of the text's own next tokens, for language models.
 
     Attributes:
         blocks: names of the blocks whose hidden states are compared.
@@ -195,23 +221,36 @@ class Distillation:
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, hidden_weight: float, output: Output | None
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        hidden_weight: float,
+        output: Output | None,
+        label_weight: float = 0.0,
     ) -> None:
         self._student, self._teacher = student, teacher
-        self._weight, self._output = hidden_weight, output
+        self._weight, self._output, self._label_weight = hidden_weight, output, label_weight
         modules = dict(teacher.named_modules())
         self.blocks = [name for name in blocks_of(student) if name in modules]
         self.distance, self.mean_error = distance, mean_error
 
     def end_to_end(self, batch: Any) -> Tensor:
-        """Loss of the outputs, plus the weighted one of the hidden states."""
+        """Loss of the outputs, plus the weighted ones of the hidden states and the next tokens.
+
+        Raises:
+            ConfigError: next tokens of a model or of batches that have none.
+        """
         names = self.blocks if self._weight else []
         dense, made = Hidden(), Hidden()
         with torch.no_grad(), dense.watch(self._teacher, names):
             wanted, mask, logits = tokens(self._teacher, batch, self._output)
         with made.watch(self._student, names):
             got, _, _ = tokens(self._student, batch, self._output)
-        return self.distance(got, wanted, mask, logits, *_pairs(made, dense, batch), self._weight)
+        pairs = _pairs(made, dense, batch)
+        ids = _text(batch, got, logits) if self._label_weight else None
+        return self.distance(
+            got, wanted, mask, logits, *pairs, self._weight, ids, self._label_weight
+        )
 
     def block_by_block(self, batch: Any) -> Tensor:
         """Mean relative squared error of the blocks, each on the *dense* model's hidden state.
@@ -224,6 +263,16 @@ class Distillation:
         with made.watch(self._student, self.blocks, replace=dense.before):
             tokens(self._student, batch, self._output)
         return self.mean_error(*_pairs(made, dense, batch))
+
+
+def _text(batch: Any, found: Tensor, logits: bool) -> Tensor:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not logits or not isinstance(ids, Tensor) or found.shape[:-1] != ids.shape:
+        raise ConfigError(
+            "label_weight needs a language model's logits [B, T, vocabulary] and batches with "
+            "input_ids [B, T]; use label_weight=0"
+        )
+    return ids
 
 
 def _pairs(
