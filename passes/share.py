@@ -89,7 +89,7 @@ def _merge(runs: list[list[Linear]], order: Order) -> None:
     emit = Emit(order, first.node)
     x = emit.flatten(first.x)
     sketched = emit(_ss1.sketch.default, x, first.sketch, first.reduced_features)
-    for run in runs:
+    for run in (part for run in runs for part in _products(run)):
         emit = Emit(order, run[0].node)
         z, bias = [member.z for member in run], [member.bias for member in run]
         y = emit(_ss1.matmul.default, sketched, z, bias, None, "none")
@@ -98,15 +98,26 @@ def _merge(runs: list[list[Linear]], order: Order) -> None:
             emit = Emit(order, member.node)
             end = start + member.out_features
             sizes = order.leading_sizes(member.x, [member.x]) or []
-            if len(run) == 1:
-                out = emit.restore(y, sizes)
-            else:
-                out = emit.restore(emit(_aten.slice.Tensor, y, 1, start, end), sizes)
-                if not _takes_strides(member.node, example(out)):
-                    out = emit(_aten.contiguous.default, out)
-            replace(member.node, out)
+            part = y if len(run) == 1 else emit(_aten.slice.Tensor, y, 1, start, end)
+            replace(member.node, emit.restore(part, sizes))
             erase_unused([member.node])
             start = end
+
+
+def _products(run: list[Linear]) -> list[list[Linear]]:
+    """The members whose users take a slice of a common product; each of the others by itself.
+
+    A copy of each slice costs more: for q, k and v of 16384 x 1024 as outputs, c = 4, bf16, on one
+    NVIDIA H200, 106 µs (52 for the product) where three products take 61.
+    """
+    together, alone = [], []
+    for member in run:
+        value = example(member.node)
+        n = value.shape[-1]
+        wider = value.new_empty(*value.shape[:-1], 2 * n)
+        fits = _takes_strides(member.node, wider[..., :n])
+        (together if fits else alone).append(member)
+    return [part for part in (together, *([member] for member in alone)) if part]
 
 
 # --- strides ------------------------------------------------------------------------------------
