@@ -10,9 +10,9 @@ equal now; the result lists the inputs that have to stay equal.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def share_sketches(graph: fx.Graph, values: Mapping[fx.Node, Tensor] | None = No
 def _runs(members: list[Linear], rank: Mapping[Linear, int]) -> list[list[Linear]]:
     """Cut where another linear lies between: one product for all would hold outputs for long."""
     runs = [members[:1]]
-    for before, member in pairwise(members):
+    for before, member in itertools.pairwise(members):
         if rank[member] == rank[before] + 1:
             runs[-1].append(member)
         else:
@@ -89,7 +89,7 @@ def _merge(runs: list[list[Linear]], order: Order) -> None:
     emit = Emit(order, first.node)
     x = emit.flatten(first.x)
     sketched = emit(_ss1.sketch.default, x, first.sketch, first.reduced_features)
-    for run in (part for run in runs for part in _products(run)):
+    for run in itertools.chain.from_iterable(map(_products, runs)):
         emit = Emit(order, run[0].node)
         z, bias = [member.z for member in run], [member.bias for member in run]
         y = emit(_ss1.matmul.default, sketched, z, bias, None, "none")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ss1_compile import SS1Linear
 
@@ -76,3 +77,40 @@ def test_layers_of_other_reductions_and_dense_ones_stay_apart(compiled):
     assert layers["0.gate"].sketch is not layers["0.up"].sketch
     with pytest.raises(ValueError, match="no linear layer was chosen"):
         swapped(compiled, "learned", lambda name: None)
+
+
+class _NothingIsReadBack(TorchDispatchMode):
+    """Refuses what waits for the GPU, which a stream that is being captured does too."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_models_run_in_a_cuda_graph_as_they_do_when_launched(compiled, family):
+    """Or the graph's time would be another program's, or recording it would fail."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "use_cache": False,
+        "vocab_size": 50,
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+    }
+    torch.manual_seed(0)
+    if family == "bert":
+        config = transformers.BertConfig(**sizes, num_attention_heads=2)
+        model = transformers.BertModel(config, add_pooling_layer=False)
+    elif family == "gpt2":
+        config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2)
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.LlamaConfig(**sizes, num_attention_heads=2)
+        model = transformers.LlamaForCausalLM(config)
+    model.config.use_cache = False
+    ids = torch.randint(50, (2, 9))
+    with torch.no_grad():
+        expected = model.eval()(ids)[0]
+        with compiled.as_launched(), _NothingIsReadBack():
+            assert torch.equal(model(ids)[0], expected)
