@@ -53,13 +53,19 @@ def fresh(rows: Sequence[Row]) -> list[Row]:
 
 
 def sizes(rows: Sequence[Row]) -> dict[int, list[Row]]:
-    """The rows of one method by calibration tokens, those measured before a change where need be.
+    """The rows of one method by thousands of calibration tokens, most first.
 
-    Most text first.
+    Rows measured before a change are among them only where there are no others.
     """
-    amounts = sorted({row["calibration_tokens"] for row in rows}, reverse=True)
-    found = {n: pick(rows, calibration_tokens=n) for n in amounts}
-    return {n: fresh(of) for n, of in found.items()}
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(thousands(row), []).append(row)
+    return {n: fresh(found[n]) for n in sorted(found, reverse=True)}
+
+
+def thousands(row: Row) -> int:
+    """Of 1024 calibration tokens: texts shorter than most make seeds differ a little."""
+    return round(row["calibration_tokens"] / 1024)
 
 
 def shown(rows: Sequence[Row]) -> list[Row]:
@@ -92,7 +98,7 @@ def tables(result: Mapping[str, Any]) -> str:
             lines = [
                 [
                     f"**{m}**" if m in BARS else m,
-                    thousands(found[0]["calibration_tokens"]),
+                    f"{thousands(found[0])} K",
                     str(len(found)),
                     *(cell(found, n) for n in names),
                 ]
@@ -112,22 +118,17 @@ def tables(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def thousands(tokens: float) -> str:
-    """``64 K`` for 65536."""
-    return f"{tokens / 1024:.0f} K"
-
-
 def by_size(rows: Sequence[Row]) -> str:
     """What more calibration text gives, of the methods that were measured with several amounts."""
     figure = "nll" if "nll" in rows[0] else "cosine"
-    lines, columns = [], sorted({row["calibration_tokens"] for row in rows})
+    lines, columns = [], sorted({thousands(row) for row in rows})
     for method in dict.fromkeys(row["method"] for row in rows):
         found = sizes(pick(rows, method=method))
         if len(found) > 1:
             lines.append([method, *(cell(found.get(n, []), figure) for n in columns)])
     if not lines:
         return ""
-    heads = [f"{figure} by calibration tokens", *map(thousands, columns)]
+    heads = [f"{figure} by calibration tokens", *(f"{n} K" for n in columns)]
     return markdown(heads, lines)
 
 

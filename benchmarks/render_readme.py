@@ -93,13 +93,10 @@ def best_figures(quality: Result, healing: Result) -> str:
     cells: dict[str, list[str]] = {method: [] for method in labels}
     for model, c, metric in cases:
         of_case = [row for row in quality["rows"] if (row["model"], row["c"]) == (model, c)]
-        amounts = (
-            {row["calibration_tokens"] for row in of_case if row["method"] == method}
-            for method in labels
-        )
-        most = max(set.intersection(*amounts))  # all methods with equally much text
-        for method, found in cells.items():
-            alike = [r for r in of_case if (r["method"], r["calibration_tokens"]) == (method, most)]
+        sizes = [(row["method"], round(row["calibration_tokens"] / 1024)) for row in of_case]
+        common = set.intersection(*({n for m, n in sizes if m == method} for method in labels))
+        for method, found in cells.items():  # all methods with equally much text
+            alike = [r for r, of in zip(of_case, sizes, strict=True) if of == (method, max(common))]
             fresh = [row for row in alike if "note" not in row]  # of the library as it is
             found.append(f"{fmean(row[metric] for row in fresh or alike):.3g}")
     rows = [(label, *cells[method]) for method, label in labels.items()]

@@ -44,11 +44,11 @@ def row(method: str, tokens: int, cosine: float, **more: str) -> dict[str, objec
 
 
 def test_methods_are_compared_with_equally_much_text_from_the_same_code():
-    ours = [row("a", 2048, 0.9), row("a", 1024, 0.8), row("a", 1024, 0.1, note="old")]
-    bars = [row("b", 1024, 0.7), row("b", 512, 0.6)]
+    ours = [row("a", 4096, 0.9), row("a", 2048, 0.8), row("a", 2048, 0.1, note="old")]
+    bars = [row("b", 2020, 0.7), row("b", 1024, 0.6)]
     assert render_quality.alike(ours, bars) == ([ours[1]], [bars[0]])
     assert render_quality.shown(ours) == [ours[0]]
-    stale = [row("b", 2048, 0.7, note="old")]
+    stale = [row("b", 4096, 0.7, note="old")]
     assert render_quality.alike(ours, stale) is None
     assert render_quality.shown(stale) == stale
 
