@@ -2,12 +2,14 @@
 
     python benchmarks/healing.py --device cuda                        MiniLM, c = 4
     python benchmarks/healing.py --model smollm2 --device cuda        SmolLM2, c = 2, blocks 2-27
+    python benchmarks/healing.py --device cuda --seconds 300          as many steps as fit
     python benchmarks/healing.py --steps 48 --batch 32 --texts 1536   a few minutes' proof on a CPU
     python benchmarks/render_healing.py                               docs/healing.md
 
 At every evaluation the run's row in results/healing.json is renewed. With ``--minutes`` a run ends
 at the first evaluation after so long. The compressed model and the state of the training are kept
-under ``--directory``: the same command goes on where the last one was.
+under ``--directory``: the same command goes on where the last one was. Not so with ``--seconds``,
+which is evaluated every ``--every`` steps and keeps the compressed model only.
 """
 
 from __future__ import annotations
@@ -36,12 +38,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "minilm": {"reduction": 4.0, "batch": 128, "steps": 4000},
     "smollm2": {"reduction": 2.0, "batch": 32, "steps": 1500},
 }
-COMPRESSION = ("projection", "reduction", "plan", "sequential", "seed")
+COMPRESSION = ("projection", "reduction", "plan", "sequential", "alike", "seed")
 TRAINING = (
     *("train", "texts", "cuts", "sampled", "batch", "steps", "block_steps", "learning_rate"),
-    *("hidden_weight", "compile", "cuda_graphs", "evaluations"),
+    *("hidden_weight", "label_weight", "compile", "materialize", "cuda_graphs", "evaluations"),
+    "budget",
 )
 SETTINGS = (*COMPRESSION, *TRAINING)
+MOST_STEPS = 1_000_000
 
 
 class OutOfTime(Exception):
@@ -75,6 +79,9 @@ class Run:
         self.every = max(1, self.total // arguments.evaluations)
         due = {*range(0, self.total, self.every), arguments.block_steps, self.total}
         done = self._resumed()
+        if arguments.budget:
+            self.every, done = arguments.every, 0
+            due = {*range(0, MOST_STEPS, self.every)}
         self.due = [step for step in sorted(due) if step > done or done == 0]
         self.row["points"] = [p for p in self._earlier() if p["step"] not in self.due]
 
@@ -102,6 +109,7 @@ class Run:
             reduction=int(whole) if (whole := arguments.reduction).is_integer() else whole,
             exclude=subject.exclude,
             warn_error=10.0,
+            weigh_outputs=not arguments.alike,
         )
         model = copy.deepcopy(subject.dense)
         kept = self.base / "compressed"
@@ -167,19 +175,23 @@ class Run:
             subject.training,
             steps=arguments.steps,
             block_steps=arguments.block_steps,
+            seconds=arguments.budget,
             learning_rate=arguments.learning_rate,
             hidden_weight=arguments.hidden_weight,
+            label_weight=arguments.label_weight,
             train=arguments.train,
             compile=arguments.compile,
+            materialize=arguments.materialize,
             cuda_graphs=arguments.cuda_graphs,
             evaluate_every=self.every,
             save_every=max(1, self.every // 2),
             seed=arguments.seed,
             output=subject.output,
             metric=self.evaluate,
-            directory=self.directory,
+            directory=None if arguments.budget else self.directory,
             progress=False,
         )
+        self.row["points"][-1]["step"] = result.steps
         self.row |= {"seconds": round(result.seconds, 1), "trained": result.trained}
         self.row["losses"] = [
             [entry["step"], round(entry["loss"], 4)]
@@ -197,6 +209,10 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
         "sampled": 0,
         "compile": False,
         "cuda_graphs": False,
+        "materialize": False,
+        "label_weight": 0.0,
+        "alike": False,
+        "budget": None,
     }  # of rows from before there were these
     return all({**old, **one}.get(name) == other[name] for name in ("model", *SETTINGS, "on"))
 
@@ -220,15 +236,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reduction", type=float)
     parser.add_argument("--projection", choices=("learned", "calibrated"), default="learned")
     parser.add_argument("--plan", action="store_true", help="planned c's of equal cost")
+    parser.add_argument("--alike", action="store_true", help="all outputs of a layer weigh alike")
     parser.add_argument("--one-shot", dest="sequential", action="store_false")
     parser.add_argument("--train", choices=("ss1", "all"), default="ss1")
     parser.add_argument("--texts", type=int, help="train on so many at most")
     parser.add_argument(
         "--more", type=Path, nargs="+", default=[], help="text or HTML to train on, too"
     )
-    parser.add_argument("--cuts", type=int, default=1, help="cut the articles so often (minilm)")
+    parser.add_argument("--cuts", type=int, default=1, help="cut the articles so often")
     parser.add_argument("--sampled", type=int, default=0, help="windows of text to sample, too")
     parser.add_argument("--compile", action="store_true", help="torch.compile the steps")
+    parser.add_argument("--materialize", action="store_true", help="train with dense weights")
     parser.add_argument("--cuda-graphs", action="store_true", help="record the steps")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--steps", type=int)
@@ -236,6 +254,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--evaluations", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--hidden-weight", type=float, default=1.0)
+    parser.add_argument("--label-weight", type=float, default=0.0)
+    parser.add_argument("--seconds", dest="budget", type=float, help="of training; sets the steps")
+    parser.add_argument("--every", type=int, default=1000, help="steps between evaluations, then")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="end at the first evaluation after so long")
     parser.add_argument("--directory", type=Path, default=Path("out/healing"))

@@ -58,7 +58,7 @@ class Subject(Protocol):
         dense: on its device.
         exclude: patterns of layers that stay dense.
         calibration: batches to compress (and plan) with, on the device.
-        training: batches to heal with, on the CPU; none of the unseen text is in them.
+        training: batches to heal with, on the device; none of the unseen text is in them.
         output: what to match in place of the model's own output.
         unit: of ``texts``.
         texts: how many are trained on.
@@ -149,7 +149,8 @@ class MiniLM:
         def batches(part: Sequence[str], size: int) -> list[Batch]:
             return tokenize(tokenizer, sorted(part, key=len), batch_size=size)
 
-        self.training = [padded(one) for one in whole(batches(training, batch), batch)]
+        tokens = whole(batches(training, batch), batch)
+        self.training = on(device, [padded(one) for one in tokens])
         self.texts = batch * len(self.training)
         self.calibration = on(device, batches(training[:CALIBRATION], 32))
         self._unseen = {
@@ -177,8 +178,9 @@ class SmolLM2:
         device: to run on.
         options: ``texts`` (windows of 256 tokens to train on at most; ``None`` takes all),
             ``batch`` (windows per training batch), ``seed`` (of the order of the windows, and
-            which of them calibrate), ``more`` (further plain text to train on), ``sampled``
-            (windows that the model samples, which begin as some of the others do).
+            which of them calibrate), ``more`` (further plain text to train on), ``cuts`` (how often
+            the Wikipedia articles are cut into windows, each time elsewhere), ``sampled`` (windows
+            that the model samples, which begin as some of the others do).
     """
 
     unit = "windows of 256 tokens"
@@ -190,7 +192,7 @@ class SmolLM2:
         self.dense, self.output = self._subject.model, None
         self.calibration = self._subject.calibration(seed)
         news = load_articles(2000, 0, 0, seed=seed).calibration
-        windows = self._subject.windows_but_evaluated()
+        windows = self._subject.windows_but_evaluated(options.cuts)
         windows += self._subject.windows(["\n".join((a.title, a.body)) for a in news])
         windows += self._subject.windows(options.more)
         if options.sampled:
@@ -198,7 +200,8 @@ class SmolLM2:
         random.Random(seed).shuffle(windows)
         windows = windows[: options.texts]
         stacks = [torch.stack(windows[i : i + batch]) for i in range(0, len(windows), batch)]
-        self.training: list[Batch] = whole([{"input_ids": stack} for stack in stacks], batch)
+        batches = whole([{"input_ids": stack} for stack in stacks], batch)
+        self.training: list[Batch] = on(device, batches)
         self.texts = batch * len(self.training)
 
     def figures(self, model: nn.Module) -> dict[str, float]:

@@ -182,13 +182,17 @@ class SmolLM2:
         self._tokenizer = tokenizer
         articles = _wikipedia()
         self._evaluation = self.windows(articles[:30])[: self.evaluated]
-        self._calibration = self.windows(articles[30:])
+        self._articles = articles[30:]
+        self._calibration = self.windows(self._articles)
 
-    def windows(self, articles: Sequence[str]) -> list[Tensor]:
-        """Windows of ``window`` tokens within an article, int64, in a fixed random order."""
+    def windows(self, articles: Sequence[str], start: int = 0) -> list[Tensor]:
+        """Windows of ``window`` tokens within an article, int64, in a fixed random order.
+
+        The first of an article begins at its token ``start``.
+        """
         rows: list[Tensor] = []
-        for text in articles:
-            ids = self._tokenizer(text, return_tensors="pt").input_ids[0]
+        for tokens in self._tokenizer(list(articles)).input_ids if articles else []:
+            ids = torch.tensor(tokens[start:])
             rows += list(ids.unfold(0, self.window, self.window)) if len(ids) > self.window else []
         random.Random(0).shuffle(rows)
         return rows
@@ -198,9 +202,10 @@ class SmolLM2:
         found: list[str] = self._tokenizer.batch_decode(windows, skip_special_tokens=True)
         return found
 
-    def windows_but_evaluated(self) -> list[Tensor]:
-        """Those of all articles but the ones that the model is judged by."""
-        return list(self._calibration)
+    def windows_but_evaluated(self, cuts: int = 1) -> list[Tensor]:
+        """Those of all articles but the ones that the model is judged by, cut so often."""
+        parts = [self.windows(self._articles, self.window * i // cuts) for i in range(cuts)]
+        return [window for part in parts for window in part]
 
     def layers(self, model: nn.Module) -> list[str]:
         """Every linear layer of the blocks in question."""

@@ -285,8 +285,9 @@ class _Run:
         if self.evaluation is None:
             return
         # Parameters of 16-bit models are float32 meanwhile, their inputs are not
-        eager = torch.compiler.set_stance("force_eager")  # compiled without gradients, for a few
-        with eager, accelerator.autocast() if self.sixteen else nullcontext():
+        # else the blocks would be compiled without gradients, too, for a few batches
+        force = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with force, accelerator.autocast() if self.sixteen else nullcontext():
             figure, curve = self.evaluation(self.model), self.result.curve
         if not curve or curve[-1]["step"] != self.result.steps:
             entry = {"step": self.result.steps, "phase": phase, "loss": None}

@@ -64,12 +64,14 @@ def label_loss(logits: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tenso
         ids: int64 ``[B, T]``, the text; position t is judged by the token at t + 1.
         mask: bool ``[B, T]``, of the tokens that count; ``None`` means all.
     """
-    found = logits[:, :-1].float().log_softmax(-1)
-    lost = -found.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-    if mask is None:
-        return lost.mean()
-    both = mask[:, 1:] & mask[:, :-1]
-    return torch.where(both, lost, 0.0).sum() / both.sum().clamp(min=1)
+    # of all positions, the last too: the compiler shares the softmax with output_loss's
+    found = logits.float().log_softmax(-1)
+    lost = -found.gather(-1, ids.roll(-1, 1).unsqueeze(-1)).squeeze(-1)
+    length = ids.shape[1]
+    counted = (torch.arange(length, device=ids.device) < length - 1).expand_as(ids)
+    if mask is not None:
+        counted = counted & mask & mask.roll(-1, 1)
+    return torch.where(counted, lost, 0.0).sum() / counted.sum().clamp(min=1)
 
 
 def distance(
