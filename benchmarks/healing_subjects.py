@@ -268,7 +268,8 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
             text = file.read_text(encoding="utf-8", errors="replace")
             if file.suffix == ".html":
                 text = html.unescape(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", text))
-            texts.append(re.sub(r"[ \t]+", " ", re.sub(r"\s*\n\s*", "\n", text)).strip())
+            lines = (" ".join(line.split()) for line in text.splitlines())
+            texts.append("\n".join(line for line in lines if line))
     return texts
 
 
