@@ -55,9 +55,10 @@ def test_methods_are_compared_with_equally_much_text_from_the_same_code():
 
 def test_a_page_says_how_much_text_every_row_had():
     rows = [{"model": "m", "c": 2, **each} for each in [row("a", 2048, 0.9), row("a", 1024, 0.8)]]
-    rows.append({"model": "m", "c": 2, **row("b", 1024, 0.7)})
+    rows.append({"model": "m", "c": 2, **row("b", 2048, 0.7)})
+    rows.append({"model": "m", "c": 2, **row("b", 1024, 0.7, note="old")})
     text = render_quality.tables({"dense": [{"model": "m"}], "rows": rows})
     assert "| a | 2 K | 1 | 0.900 |" in text
-    assert "| b | 1 K | 1 | 0.700 |" in text
+    assert "| b | 2 K | 1 | 0.700 |" in text
     assert "| a | 0.800 | 0.900 |" in text
     assert "| b | 0.7" not in text.partition("by calibration tokens")[2]
