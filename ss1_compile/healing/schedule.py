@@ -16,8 +16,12 @@ _WARM_STEPS = 100  # by the clock; a hundred steps into a run, AdamW's moments m
 
 def spent(curve: Sequence[dict[str, Any]], seconds: float) -> float:
     """Seconds of the end-to-end phase, of those of the whole training."""
-    blocks = [entry["seconds"] for entry in curve if entry["phase"] == "blocks"]
-    return seconds - (blocks[-1] if blocks else 0.0)
+    before = 0.0
+    for entry in curve:  # of thousands, and at every step: those of the blocks are the first
+        if entry["phase"] != "blocks":
+            break
+        before = entry["seconds"]
+    return seconds - before
 
 
 def is_over(config: HealConfig, step: int, seconds: float) -> bool:
