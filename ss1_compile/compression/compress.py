@@ -56,7 +56,8 @@ def compress(
             fit it towards the outputs of the *dense* model (``config.asymmetry``). More accurate,
             and slower: every block of a stack is run a few times, dense and compressed, on inputs
             that are kept in memory; a model without such a stack is run as a whole per group of
-            layers that share an input. ``calibration`` must be batches then.
+            layers that share an input. ``calibration`` must be batches then; more of them go on
+            helping for longer than without (docs/quality.md).
         dry_run: project and report, but leave the model as it is.
         progress: show progress bars.
         **options: fields of :class:`SS1Config`, in place of ``config``.
