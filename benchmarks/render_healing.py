@@ -31,6 +31,10 @@ def settings(row: Row) -> str:
     if row["block_steps"]:
         words.append(f"{row['block_steps']} steps block by block")
     words.append(f"rate {row['learning_rate']:g}")
+    if row["hidden_weight"] != 1:
+        words.append(f"hidden states weigh {row['hidden_weight']:g}")
+    if row.get("label_weight"):
+        words.append(f"next tokens weigh {row['label_weight']:g}")
     if row.get("sampled"):
         words.append(f"{row['sampled']} of the texts sampled")
     if row["seed"]:
@@ -72,7 +76,9 @@ def table(rows: list[Row], head: list[str], figures: Callable[[Row], list[str]])
     lines = []
     for row in rows:
         last = row["points"][-1]
-        steps = f"{row['steps']}" if row["finished"] else f"{last['step']} of {row['steps']}"
+        steps = f"{last['step']}"
+        if not row["finished"]:
+            steps += ", broken off" if row.get("budget") else f" of {row['steps']}"
         seconds = row["seconds"] if row["finished"] else 60 * last["at_minute"]
         trained = f"{steps} × {row['batch']}"
         cells = [row["on"], settings(row), trained, f"{row['texts']}", f"{seconds:.0f}"]

@@ -7,6 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import healing_subjects
+import quality_models
 
 
 def test_spans_are_sentences_that_follow_each_other():
@@ -41,6 +42,25 @@ def test_batches_have_few_forms():
     assert torch.equal(wider["input_ids"][:, :21], ids)
     assert not wider["attention_mask"][:, 21:].any()
     assert healing_subjects.padded({"input_ids": ids[:, :16]})["input_ids"].shape == (4, 16)
+
+
+def test_windows_are_cut_elsewhere_each_time():
+    class Tokens:
+        def __init__(self, texts):
+            self.input_ids = [[int(word) for word in text.split()] for text in texts]
+
+    subject = object.__new__(quality_models.SmolLM2)
+    subject._tokenizer = Tokens
+    texts = [" ".join(map(str, range(first, first + n))) for first, n in ((0, 700), (1000, 300))]
+    subject._articles = [*texts, "1 2 3"]
+    subject._calibration = subject.windows(subject._articles)
+    once = subject.windows_but_evaluated()
+    assert sorted(int(window[0]) for window in once) == [0, 256, 1000]
+    found = subject.windows_but_evaluated(4)
+    assert all(len(window) == 256 for window in found)
+    assert all(torch.equal(window, torch.arange(256) + window[0]) for window in found)
+    starts = sorted(int(window[0]) for window in found)
+    assert starts == [0, 64, 128, 192, 256, 320, 384, 1000]
 
 
 def test_cutting_again_gives_further_spans():
