@@ -75,7 +75,6 @@ struct Driver {
 
 using TensorMap = std::array<uint64_t, 16>;
 constexpr size_t kMostMaps = 4;
-constexpr size_t kMapAlignment = 64;
 
 struct View {
   int64_t slot, offset;  // in elements, from where the slot's tensor begins
@@ -242,11 +241,7 @@ struct Replay {
     c10::SmallVector<void*, 48> parameters;
     for (const auto& value : step.values) parameters.push_back(const_cast<int64_t*>(&value));
     c10::SmallVector<char*, 24> addresses(step.patches.size());
-    // aligned by hand: a frame that realigns its stack is one that PyTorch's unwinder, which collects
-    // the stack when an error is raised below it, may not get past
-    char room[sizeof(TensorMap) * kMostMaps + kMapAlignment];
-    auto* maps = reinterpret_cast<TensorMap*>(
-        (reinterpret_cast<uintptr_t>(room) + kMapAlignment - 1) / kMapAlignment * kMapAlignment);
+    alignas(64) TensorMap maps[kMostMaps];
     size_t used = 0;
     for (size_t i = 0; i < step.patches.size(); ++i) {
       const auto& patch = step.patches[i];
@@ -269,7 +264,11 @@ struct Replay {
       driver.set_context(current);
       result = driver.launch(&config, step.function, parameters.data(), nullptr);
     }
-    TORCH_CHECK(!result, "ss1: a kernel launch failed with CUDA driver error ", result);
+    // Not TORCH_CHECK, which formats numbers with a stream: where the toolchain links its own
+    // libstdc++ into this library, the streams of two meet, and the process dies.
+    if (result)
+      throw std::runtime_error(
+          "ss1: a kernel launch failed with CUDA driver error " + std::to_string(result));
   }
 
   void operator()(const Call& step) {
