@@ -176,11 +176,13 @@ def tables(result: dict[str, Any]) -> str:
             cells += [spread(of[m], figure) for m in of]
         lines.append(f"| {' | '.join(cells)} |")
     on = " and ".join(dict.fromkeys(row["on"] for row in rows if "on" in row))
-    lines += [
-        "",
-        f"Mean over {len(seeds)} draw{'s' * (len(seeds) > 1)} of the sentences, and in brackets "
-        f"the least and the greatest{on and f'; on {on}'}.",
-    ]
+    draws = "One draw of the sentences"
+    if len(seeds) > 1:
+        draws = (
+            f"Mean over {len(seeds)} draws of the sentences, and in brackets the least and the "
+            f"greatest"
+        )
+    lines += ["", f"{draws}{on and f'; on {on}'}."]
     return "\n".join(lines)
 
 
@@ -190,7 +192,8 @@ def mean(rows: list[dict[str, Any]], key: str) -> float:
 
 def spread(rows: list[dict[str, Any]], key: str) -> str:
     values = [row[key] for row in rows]
-    return f"{mean(rows, key):.3f} ({min(values):.3f} … {max(values):.3f})"
+    among = f" ({min(values):.3f} … {max(values):.3f})" if len(values) > 1 else ""
+    return f"{mean(rows, key):.3f}{among}"
 
 
 def page(text: str, result: dict[str, Any]) -> str:
