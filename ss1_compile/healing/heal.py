@@ -166,7 +166,9 @@ class _Run:
             losses: list[Tensor] = []
             shown = stack.enter_context(bar(progress))
             task = shown.add_task("healing", total=self._progress[1], loss="")
-            while not self._over(step := result.steps):
+            over = self._over(result.steps)
+            while not over:
+                step = result.steps
                 factor = rate(config, step, self._spent)
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate * factor
@@ -177,7 +179,8 @@ class _Run:
                 optimizer.zero_grad(set_to_none=True)
                 result.steps = step + 1
                 self._tick()
-                last = self._over(result.steps) or result.steps == config.block_steps
+                over = self._over(result.steps)  # once a step: the clock goes on
+                last = over or result.steps == config.block_steps
                 if len(losses) == 10 or last:
                     self._note(phase, losses)
                     shown.update(task, loss=f"loss {result.curve[-1]['loss']:.4g}")

@@ -57,21 +57,24 @@ def case():
     return model, teacher, batches
 
 
-def test_it_trains_for_so_long(case, monkeypatch):
+@pytest.mark.parametrize("step", [0.25, 0.37, 0.61])
+def test_it_trains_for_so_long_and_ends_with_an_evaluation(case, monkeypatch, step):
     model, teacher, batches = case
     now = 100.0
 
     def tick():
         nonlocal now
-        now += 0.25
+        now += step
         return now
 
     monkeypatch.setattr(time, "perf_counter", tick)
     result = ss1_compile.heal(
         model, teacher, batches, seconds=60.0, block_steps=3, held_out=batches, progress=False
     )
-    assert 60 <= spent(result.curve, result.seconds) < 62
-    assert result.steps > 40
+    assert 60 <= spent(result.curve, result.seconds) < 60 + 10 * step
+    assert result.steps > 20
+    assert result.curve[-1]["step"] == result.steps
+    assert "metric" in result.curve[-1]
     start, end = result.figures
     assert end > start
 
