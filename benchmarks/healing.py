@@ -69,7 +69,7 @@ class Run:
             **{name: getattr(arguments, name) for name in SETTINGS},
             "texts": subject.texts,
             "unit": subject.unit,
-            "more": [path.name for path in arguments.more],
+            "more": sorted({re.sub(r"-\d+$", "", path.stem) for path in arguments.more}),
             "on": torch.cuda.get_device_name() if on_gpu else platform.machine(),
             "torch": torch.__version__,
         }

@@ -26,6 +26,8 @@ def settings(row: Row) -> str:
         words.append("rotations")
     if not row["sequential"]:
         words.append("one-shot")
+    if row.get("alike"):
+        words.append("outputs alike")
     if row["train"] == "all":
         words.append("all parameters trained")
     if row["block_steps"]:
@@ -77,6 +79,8 @@ def table(rows: list[Row], head: list[str], figures: Callable[[Row], list[str]])
     for row in rows:
         last = row["points"][-1]
         steps = f"{last['step']}"
+        if row.get("done"):  # more steps than were judged
+            steps += f" of {row['done']}"
         if not row["finished"]:
             steps += ", broken off" if row.get("budget") else f" of {row['steps']}"
         seconds = row["seconds"] if row["finished"] else 60 * last["at_minute"]
@@ -93,6 +97,14 @@ def curve(row: Row) -> str:
     name = next(name for name in points[0] if name != "step")
     head = ["step", *(str(point["step"]) for point in points)]
     return markdown(head, [[name, *(f"{point[name]:.3f}" for point in points)]])
+
+
+def losses(row: Row) -> str:
+    """What was minimised, in ten places of the run."""
+    entries = row["losses"]
+    chosen = [entries[i * (len(entries) - 1) // 9] for i in range(10)]
+    head = ["step", *(str(step) for step, _ in chosen)]
+    return markdown(head, [["loss", *(f"{loss:.3f}" for _, loss in chosen)]])
 
 
 def figures(rows: list[Row]) -> str:
@@ -116,6 +128,8 @@ def figures(rows: list[Row]) -> str:
         parts.append(text + "\n")
         best = min(own, key=rank)
         parts += [f"The curve of {best['on']}, {settings(best)}:\n", curve(best) + "\n"]
+        if len(best.get("losses", ())) >= 10:
+            parts += ["Its loss, the mean of ten steps:\n", losses(best) + "\n"]
     return "\n".join(parts).rstrip("\n")
 
 
