@@ -152,8 +152,8 @@ def gpu_part(result: Result) -> list[str]:
         "fastest over the dense bfloat16 layer. Why: "
         "[benchmarks/NOTES.md](../benchmarks/NOTES.md).\n",
         markdown(["layer", "sketch", "c", "bf16, µs", *GPU_FORMS, "over dense"], table) + "\n",
-        "Against torchao's dense layer of dynamic int8 activations, compiled, and the library's int8 "
-        "product alone, which quantises nothing (µs):\n",
+        "Against torchao's dense layer of dynamic int8 activations, compiled, and the library's "
+        "int8 product alone, which quantises nothing (µs):\n",
         markdown(
             ["layer", "sketch", "c", "dense", "torchao int8", "`_int_mm`", "SS1 int8 dynamic"],
             rivals,
