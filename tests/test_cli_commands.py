@@ -89,11 +89,13 @@ def test_from_plan_to_healed_model(factory):
     )  # fmt: skip
 
     heal = ("heal", "net:make", "small", "healed", "--data", "x.npz", "--held-out", "x.npz")
-    result = run(*heal, "--steps", 30, "--learning-rate", 0.003, "--state", "state", *data)
+    training = ("--steps", 30, "--learning-rate", 0.003, "--materialize")
+    result = run(*heal, *training, "--state", "state", *data)
     assert result.exit_code == 0, result.output
     assert (factory / "state" / "healing.safetensors").is_file()
-    result = run(*heal, "--dry-run")
+    result = run(*heal, "--seconds", 90, "--dry-run")
     assert "nothing was written" in result.stdout
+    assert "would train 0 steps and 90 s of" in result.stdout
 
     figures = []
     for directory in ("small", "healed"):
@@ -126,7 +128,7 @@ def test_a_language_model_is_healed_without_data(factory):
     heal = ("heal", "llama", "small", "healed", "--steps", 4, "--max-tokens", 9, "--batch-size", 3)
     result = run(*heal, "--sampled", 7, "--dry-run")
     assert "0 batches and 7 texts that it samples" in result.stdout
-    result = run(*heal, "--sampled", 7)
+    result = run(*heal, "--sampled", 7, "--label-weight", 0.5, "--seconds", 0.5)
     assert result.exit_code == 0, result.output
     before, after = (load_file(factory / d / "model.safetensors") for d in ("small", "healed"))
     assert any(not torch.equal(before[name], after[name]) for name in before)

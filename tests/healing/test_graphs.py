@@ -35,8 +35,10 @@ def test_graphs_need_cuda():
 
 
 @gpu
-@pytest.mark.parametrize("compile", [False, True])
-def test_recorded_steps_are_those_of_the_eager_model(compile):
+@pytest.mark.parametrize(
+    ("compile", "materialize"), [(False, False), (True, False), (False, True), (True, True)]
+)
+def test_recorded_steps_are_those_of_the_eager_model(compile, materialize):
     torch.manual_seed(0)
     teacher = Stack().cuda()
     batches = [torch.randn(rows, 32) for rows in (24, 24, 16, 24, 16)]
@@ -48,7 +50,10 @@ def test_recorded_steps_are_those_of_the_eager_model(compile):
         "precision": "float32",
     }  # fmt: skip
     first = ss1_compile.heal(model, teacher, batches, **options)
-    second = ss1_compile.heal(twin, teacher, batches, cuda_graphs=True, compile=compile, **options)
+    second = ss1_compile.heal(
+        twin, teacher, batches, cuda_graphs=True, compile=compile, materialize=materialize,
+        **options,
+    )  # fmt: skip
     agree(model, twin)
     for a, b in zip(first.curve, second.curve, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
