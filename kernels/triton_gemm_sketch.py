@@ -144,11 +144,14 @@ def default_tile(
     few = rows <= 64 or (reduced <= 256 and ceil_div(rows, 128) * count <= 132)
     if size % 128 in range(1, 65):  # 192: three pieces of 64 in place of two of 128
         return (64, 64, 4, 4, None) if few or gated or rank > 64 else (128, 64, 4, 3, 168)
+    wide = rank > 64  # whose sums do not fit into the registers beside two products, or into 128
     if few:
-        return 64, 128, 4, 3, None
+        return (64, 64, 4, 3, None) if gated and wide else (64, 128, 4, 3, None)
     if gated:
-        return 128, 128, 8, 4 if reduced > 512 else 3, None
-    return (128, 128, 8, 3, 128) if reduced >= 512 else (128, 128, 4, 3, None)
+        return (128, 64, 8, 3, None) if wide else (128, 128, 8, 4 if reduced > 512 else 3, None)
+    if reduced < 512:
+        return 128, 128, 4, 3, None
+    return 128, 128, 8, 3, None if wide else 128
 
 
 @lru_cache(maxsize=4096)

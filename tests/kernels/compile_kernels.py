@@ -137,7 +137,11 @@ def launch_fused():
         triton_activation.activation_sketch(wide[:, :1024], wide[:, 1024:], code, 256, "silu")
     triton_epilogue.finish(x, vector, x, "gelu")
     triton_pack.pack([x[:8], x[:16], x[:8]])
-    for rows, reduced, size, rank in ((4096, 256, 128, 32), (16, 512, 192, 48)):
+    for rows, reduced, size, rank in (
+        (4096, 256, 128, 32),
+        (16, 512, 192, 48),
+        (4096, 1024, 384, 96),
+    ):
         narrow, blocks = zeros(1, rows, reduced), zeros(1, 16, size, rank)
         for gate in (None, (zeros(2048, reduced), None)):
             triton_gemm_sketch.matmul_sketch(
