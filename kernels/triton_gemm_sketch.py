@@ -31,7 +31,7 @@ from ss1_compile.kernels.triton_elementwise import ACTIVATIONS
 def _product(
     x_desc, z_desc, gate_desc, row0, n0, K_c, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):
-    """Columns ``n0 …`` of ``X̃ zᵀ`` and of the gate's, which reads the same pieces of X̃."""
+    """Float32 ``[BM, BN]``: columns ``n0 …`` of ``X̃ zᵀ`` and of the gate's product, or zeros."""
     h = tl.zeros((BM, BN), tl.float32)
     gate = tl.zeros((BM, BN), tl.float32)
     for k in range(tl.cdiv(K_c, BK)):
@@ -44,6 +44,7 @@ def _product(
 
 @triton.jit
 def _biased(v, bias, columns, mask):
+    """``v + b``, where there is a bias."""
     if bias is not None:
         v += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
     return v

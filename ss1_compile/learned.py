@@ -21,6 +21,7 @@ from ss1_compile.structure import SS1Structure
 
 DEFAULT_GROUP_SIZE = 128
 _RANK_UNITS = {8: 0.04, 4: 0.04, 2: 0.06, 1: 1.0}
+"""What r may be a multiple of, best first: the part of it that may be left unused for that."""
 _ALIGNED = 8  # 16 bytes of a 16-bit type
 _MAX_UNALIGNED = 0.25
 
