@@ -16,7 +16,7 @@ call takes the first way. Launches of a call that is recorded (:mod:`.program`) 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -182,6 +182,15 @@ def power_of_2(n: int) -> int:
 
 
 # --- operands -----------------------------------------------------------------------------------
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program can have: 227 KiB on sm_90, 99 on sm_86 and 89."""
+    if device.type != "cuda":
+        return 227 << 10
+    found = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return found - 1024  # each program takes 1 KiB more than it asks for
 
 
 def once_per_form(check: Callable[..., object]) -> Callable[..., None]:

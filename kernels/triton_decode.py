@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ss1_compile.kernels.launch import Launch, ceil_div, power_of_2
+from ss1_compile.kernels.launch import Launch, ceil_div, power_of_2, shared_memory
 from ss1_compile.kernels.triton_elementwise import ACTIVATIONS
 
 
@@ -235,17 +235,24 @@ def _stream_plans(
     activation: str,
     tile: tuple[int, int, int] | None,
     pdl: bool,
+    room: int,
 ) -> tuple[Launch, Launch | None, int]:
-    """Products, the sum of the K splits where there are several, and how many there are."""
+    """Products, the sum of the K splits where there are several, and how many there are.
+
+    ``room`` is for the stages, in bytes of shared memory.
+    """
     width, split, stages = tile or default_tile(rows, out_features, hashes, reduced)
     if wide:
         width, stages = 32, 3
+    block_m = max(8, power_of_2(rows))
+    step = width * (block_m + 64) * (4 if wide else 2)
+    stages = max(2, min(stages, room // step))
     block_n = ceil_div(out_features, hashes)
     k_split = ceil_div(ceil_div(reduced, split), width) * width
     total = rows * out_features
     chained: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     constants = {
-        "BM": max(8, power_of_2(rows)),
+        "BM": block_m,
         "BN": 64,
         "W": width,
         "SPLIT": split,
@@ -300,7 +307,7 @@ def stream(
         *(sketched.dtype == torch.float32, rows, hashes, reduced, out_features),
         *(sketched.stride(0), sketched.stride(1), z.stride(0)),
         0 if residual is None else residual.stride(0),
-        *(y.stride(0), activation, tile, pdl),
+        *(y.stride(0), activation, tile, pdl, shared_memory(sketched.device)),
     )
     if reduce is None:
         stream_z(sketched, z, bias, residual, y, y)

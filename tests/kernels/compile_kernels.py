@@ -1,7 +1,8 @@
 """Compile every kernel, as its launcher calls it, for a GPU that need not be there.
 
 Run as a script by ``test_triton_compile.py`` (Triton decides when a kernel is decorated whether it
-is interpreted). Prints one JSON line per kernel: name, registers' spill bytes, and memory widths.
+is interpreted), with the compute capability and its bytes of shared memory. Prints one JSON line per
+kernel: name, whether registers spilled, memory widths, shared memory.
 """
 
 import json
@@ -119,6 +120,7 @@ def launch_all():
     for pdl in (False, True):
         triton_decode.stream(zeros(4, 16, 4096), zeros(4096, 4096), bias, pdl=pdl)
         triton_decode.stream(zeros(4, 16, 1024), zeros(14336, 1024), None, pdl=pdl)
+        triton_decode.stream(zeros(4, 64, 1024), zeros(14336, 1024), None, pdl=pdl)
 
 
 def launch_fused():
@@ -171,8 +173,9 @@ def launch_quantized(dtype):
         args = (z, scale, bias, bf16)
         triton_quantized_decode.stream(zeros(4, 16, 1024), zeros(4, 16, dtype=f32), *args, pdl=pdl)
         triton_quantized_decode.stream(zeros(4, 64, 1024, dtype=bf16), None, *args, pdl=pdl)
-        grouped = (z, zeros(4096, 8, dtype=f32), bias, bf16)
-        triton_quantized_decode.stream(zeros(4, 64, 1024, dtype=bf16), None, *grouped, pdl=pdl)
+        for groups in (8, 128):  # whole steps a group, and several groups a step
+            grouped = (z, zeros(4096, groups, dtype=f32), bias, bf16)
+            triton_quantized_decode.stream(zeros(4, 64, 1024, dtype=bf16), None, *grouped, pdl=pdl)
     q, q_scale = zeros(4, 4096, 1024), zeros(4, 4096, dtype=f32)
     for kwargs in (
         {},
@@ -234,7 +237,9 @@ def records_every_parameter(compiled, values):
 
 
 def main():
-    capability = int(sys.argv[1])
+    capability, shared_bytes = map(int, sys.argv[1:])
+    for module in (triton_decode, triton_quantized_decode):
+        module.shared_memory = lambda device: shared_bytes
     JITFunction.__getitem__ = record
     triton_gemm._processors = triton_quantized_gemm._processors = lambda device: 132
     nvidia.make_tensordesc_arg = described

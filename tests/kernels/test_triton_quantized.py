@@ -45,7 +45,9 @@ def assert_quantized(q, scale, expected, rounding=0.0):
     error = (q.double() * step - expected).abs()
     # half a unit in the last place of 3 bits, or half of the smallest e4m3 step, 2⁻⁹
     half = 0.5 * step if q.dtype == torch.int8 else (expected.abs() / 16).clamp(min=2**-10 * step)
-    assert (error <= half * (1 + 1e-4) + 1e-5 * step + 2 * rounding * expected.abs()).all()
+    # float32 sums are off by some 1e-7 of the row's greatest, also where they are small themselves
+    sums = 5e-7 * limit * step
+    assert (error <= half * (1 + 1e-4) + sums + 2 * rounding * expected.abs()).all()
 
 
 def assert_non_finite_rows(q, scale, rows):
