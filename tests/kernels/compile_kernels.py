@@ -1,8 +1,8 @@
 """Compile every kernel, as its launcher calls it, for a GPU that need not be there.
 
 Run as a script by ``test_triton_compile.py`` (Triton decides when a kernel is decorated whether it
-is interpreted), with the compute capability and its bytes of shared memory. Prints one JSON line per
-kernel: name, whether registers spilled, memory widths, shared memory.
+is interpreted), with the compute capability and its bytes of shared memory. Prints a JSON line for
+each kernel: name, whether registers spilled, memory widths, shared memory.
 """
 
 import json
