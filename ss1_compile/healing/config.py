@@ -45,10 +45,10 @@ class HealConfig:
             step: c times the multiplications, but for layers of some hundred features less time
             and memory traffic, and blocks are alike whatever their sketches. What is trained is
             the same; rounding differs.
-        cuda_graphs: record each step's passes in a CUDA graph, one for each of the first 16 forms
-            of batches (structure, shapes, dtypes), so that small models do not wait for the host.
-            Needs memory for the largest batch of each form. Where it fails, healing warns and goes
-            on without.
+        cuda_graphs: record each step in a CUDA graph, one for each of the first 16 forms of batches
+            (structure, shapes, dtypes), so that small models do not wait for the host. Memory that
+            recordings take, as much as the largest batch needs, is not there for evaluations. Where
+            it fails, healing warns and goes on without.
         seed: of the order of the batches.
         save_every: steps between states written to the directory.
         evaluate_every: steps between evaluations; 0 evaluates before and after only.

@@ -1,4 +1,4 @@
-"""Record the passes of a training step in CUDA graphs: one launch in place of thousands.
+"""Record training steps in CUDA graphs: one launch in place of thousands.
 
 A step of a small model keeps the host busy for several times as long as the GPU: on one H200 a
 step of MiniLM (batch 128, compiled blocks) took 32 ms, of which the GPU worked 6.
@@ -7,17 +7,18 @@ step of MiniLM (batch 128, compiled blocks) took 32 ms, of which the GPU worked 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ss1_compile.errors import SS1Warning
+from ss1_compile.healing.update import Update
 
 _WARM = 3  # an operator's third call is the first that repeats (kernels/executor.py)
 _FORMS = 16
@@ -39,34 +40,33 @@ class _Graph:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     loss: Tensor
-    gradients: list[Tensor | None]
 
 
 class Graphs:
     """A training step, recorded once for each form of batch: its structure, shapes and dtypes.
 
     The first 16 forms are recorded, other batches run as they are; also where recording fails, of
-    which it warns once.
+    which it warns once. All recordings share their memory.
 
     Args:
-        step: ``step(batch)`` of a batch on the device: adds to the gradients and returns the loss,
-            detached. What it does may depend on the batch's form only.
-        parameters: that are trained.
+        passes: ``passes(batch)`` of a batch on the device: adds to the gradients and returns the
+            loss, detached. What it does may depend on the batch's form only.
+        update: trains the parameters by these gradients; it has been prepared.
         to_device: ``to_device(batch)``: its copy on the device.
     """
 
     def __init__(
         self,
-        step: Callable[[Any], Tensor],
-        parameters: Sequence[nn.Parameter],
+        passes: Callable[[Any], Tensor],
+        update: Update,
         to_device: Callable[[Any], Any],
     ) -> None:
-        self._step, self._parameters, self._to_device = step, parameters, to_device
+        self._passes, self._update, self._to_device = passes, update, to_device
         self._graphs: dict[Any, _Graph | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, batch: Any) -> Tensor:
-        """The loss; the gradients, which were None, are the batch's."""
+        """Train on a batch; its loss before that."""
         leaves, spec = pytree.tree_flatten(batch)
         form = (spec, tuple((tuple(t.shape), t.dtype) for t in leaves if isinstance(t, Tensor)))
         graphs = self._graphs
@@ -79,9 +79,12 @@ class Graphs:
         for there, here in zip(found.inputs, leaves, strict=True):
             there.copy_(here if here.is_cuda else here.pin_memory(), non_blocking=True)
         found.graph.replay()
-        for parameter, gradient in zip(self._parameters, found.gradients, strict=True):
-            parameter.grad = gradient
         return found.loss.clone()
+
+    def _step(self, batch: Any) -> Tensor:
+        loss = self._passes(batch)
+        self._update()
+        return loss
 
     def _recorded(self, leaves: list[Tensor], spec: Any) -> _Graph | None:
         inputs = [self._to_device(leaf).clone() for leaf in leaves]
@@ -91,10 +94,10 @@ class Graphs:
         try:
             with torch.cuda.stream(stream), as_recorded():
                 for _ in range(_WARM):
-                    self._clear()
-                    self._step(batch)
+                    self._update.clear()
+                    self._passes(batch)
             torch.cuda.current_stream().wait_stream(stream)
-            self._clear()
+            self._update.clear()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 loss = self._step(batch)
@@ -108,12 +111,6 @@ class Graphs:
                     SS1Warning,
                     stacklevel=6,
                 )
-            self._clear()
+            self._update.clear()
             return None
-        gradients = [parameter.grad for parameter in self._parameters]
-        self._clear()
-        return _Graph(graph, inputs, loss, gradients)
-
-    def _clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
+        return _Graph(graph, inputs, loss)

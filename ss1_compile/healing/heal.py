@@ -36,6 +36,7 @@ from ss1_compile.healing.prepare import (
 )
 from ss1_compile.healing.schedule import bar, is_over, rate, spent
 from ss1_compile.healing.state import HealingState, read_state, write_state
+from ss1_compile.healing.update import Update
 from ss1_compile.option_checks import reject_unknown_keys
 
 
@@ -140,18 +141,14 @@ class _Run:
         """All steps that are still to be done."""
         config = self.config
         device = self.device
-        optimizer = torch.optim.AdamW(
-            trained.values(),
-            lr=config.learning_rate,
-            betas=(0.9, 0.98),
-            weight_decay=0.0,
-            fused=device.type == "cuda" or None,
-        )
+        update = Update(trained.values(), config, device)
         with ExitStack() as stack:
             if device.type == "cuda":
                 stack.enter_context(torch.cuda.device(device))
             accelerator = stack.enter_context(make_accelerator(self.precision, device))
-            self._resume(trained, optimizer)
+            self._resume(trained, update.optimizer)
+            if config.cuda_graphs:
+                update.prepare()
             result = self.result
             result.trained = sum(p.numel() for p in trained.values())
             if result.steps == 0:
@@ -159,24 +156,16 @@ class _Run:
             self._started = time.perf_counter() - result.seconds
             if config.compile and not self._over(result.steps):
                 stack.enter_context(self._compiled(trained, accelerator))
-            steps = {
-                phase: self._step(phase, list(trained.values()), accelerator)
-                for phase in ("blocks", "model")
-            }
+            steps = {phase: self._step(phase, update, accelerator) for phase in ("blocks", "model")}
             losses: list[Tensor] = []
             shown = stack.enter_context(bar(progress))
             task = shown.add_task("healing", total=self._progress[1], loss="")
             over = self._over(result.steps)
             while not over:
                 step = result.steps
-                factor = rate(config, step, self._spent)
-                for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * factor
+                update.set_rate(rate(config, step, self._spent))
                 phase = self._phase(step)
                 losses.append(steps[phase](self.batches[self._at(step)]))
-                accelerator.clip_grad_norm_(list(trained.values()), config.clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
                 result.steps = step + 1
                 self._tick()
                 over = self._over(result.steps)  # once a step: the clock goes on
@@ -190,7 +179,7 @@ class _Run:
                     if last or (every and result.steps % every == 0):
                         self._evaluate(phase, accelerator)
                     if self.directory and (last or result.steps % config.save_every == 0):
-                        self._save(trained, optimizer)
+                        self._save(trained, update.optimizer)
                 shown.update(task, completed=self._progress[0])
 
     @contextmanager
@@ -221,16 +210,22 @@ class _Run:
     def _phase(self, step: int) -> str:
         return "blocks" if step < self.config.block_steps else "model"
 
-    def _step(
-        self, phase: str, trained: list[nn.Parameter], accelerator: Any
-    ) -> Callable[[Any], Tensor]:
-        """``step(batch)``: the loss of a batch, whose gradients are added to the parameters'."""
+    def _step(self, phase: str, update: Update, accelerator: Any) -> Callable[[Any], Tensor]:
+        """``step(batch)``: train on a batch; its loss before that."""
         move = partial(to_device, device=self.device)
+        passes = partial(self._backward, phase, accelerator)
         if self.config.cuda_graphs:
-            return Graphs(partial(self._backward, phase, accelerator), trained, move)
-        return lambda batch: self._backward(phase, accelerator, move(batch))
+            return Graphs(passes, update, move)
+
+        def step(batch: Any) -> Tensor:
+            loss = passes(move(batch))
+            update()
+            return loss
+
+        return step
 
     def _backward(self, phase: str, accelerator: Any, batch: Any) -> Tensor:
+        """The loss of a batch, whose gradients are added to the parameters'."""
         blocks = phase == "blocks"
         form = self._dense_form
         # to the end of the backward pass, which may run the blocks again

@@ -8,6 +8,7 @@ from test_healing import Stack, bert, masked_batches
 
 import ss1_compile
 from ss1_compile.errors import ConfigError
+from ss1_compile.healing.state import STATE_FILE
 
 pytest.importorskip("accelerate")
 gpu = pytest.mark.gpu
@@ -88,4 +89,28 @@ def test_what_cannot_be_recorded_runs_as_it_is():
     with pytest.warns(ss1_compile.SS1Warning, match="without CUDA graphs") as caught:
         ss1_compile.heal(twin, teacher, batches, cuda_graphs=True, **options)
     assert len([w for w in caught if "CUDA graphs" in str(w.message)]) == 1
+    agree(model, twin)
+
+
+@gpu
+def test_recorded_steps_go_on_from_a_state(tmp_path):
+    torch.manual_seed(0)
+    teacher = Stack().cuda()
+    batches = [torch.randn(rows, 32) for rows in (24, 16, 24)]
+    model = compressed(teacher, [batch.cuda() for batch in batches])
+    twin = copy.deepcopy(model)
+    options = {
+        "steps": 8, "learning_rate": 1e-4, "progress": False, "precision": "float32",
+        "cuda_graphs": True, "save_every": 3, "evaluate_every": 5,
+    }  # fmt: skip
+    ss1_compile.heal(model, teacher, batches, metric=lambda m: 0.0, **options)
+
+    def interrupt(m):
+        if (tmp_path / STATE_FILE).is_file():
+            raise KeyboardInterrupt
+        return 0.0
+
+    with pytest.raises(KeyboardInterrupt):
+        ss1_compile.heal(twin, teacher, batches, metric=interrupt, directory=tmp_path, **options)
+    ss1_compile.heal(twin, teacher, batches, metric=lambda m: 0.0, directory=tmp_path, **options)
     agree(model, twin)
