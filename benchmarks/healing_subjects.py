@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import html
+import itertools
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -11,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import quality_models
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ss1_compile
-from ss1_compile.demo.data import load_articles, load_model, load_sentences, tokenize
+from ss1_compile.demo.data import MAX_TOKENS, load_articles, load_model, load_sentences
 from ss1_compile.demo.measure import embed, rank_correlation
 from ss1_compile.evaluation import Output
 
@@ -78,15 +81,21 @@ class Subject(Protocol):
         """What the model is worth on unseen text; the first is the one that counts."""
 
 
+@functools.cache
+def sentences(body: str) -> list[str]:
+    """Its sentences of more than 20 characters; every cut of the articles asks for them again."""
+    return [s for s in re.split(r"(?<=[.!?]) +", body) if len(s) > 20]
+
+
 def spans(bodies: Iterable[str], seed: int) -> list[str]:
     """One to five sentences that follow each other, from every sentence on, in random order."""
     generator = random.Random(seed)
     found: dict[str, None] = {}
     for body in bodies:
-        sentences = [s for s in re.split(r"(?<=[.!?]) +", body) if len(s) > 20]
-        for start in range(len(sentences)):
+        parts = sentences(body)
+        for start in range(len(parts)):
             length = generator.choice((1, 1, 2, 3, 5))
-            found[" ".join(sentences[start : start + length])] = None
+            found[" ".join(parts[start : start + length])] = None
     texts = list(found)
     generator.shuffle(texts)
     return texts
@@ -146,11 +155,10 @@ class MiniLM:
             further += sampled_news(device, bodies, options)
         training = all_spans(bodies, further, options, unwanted=unseen)
 
-        def batches(part: Sequence[str], size: int) -> list[Batch]:
-            return tokenize(tokenizer, sorted(part, key=len), batch_size=size)
+        def batches(part: Sequence[str], size: int, multiple: int = 1) -> list[Batch]:
+            return tokenized(tokenizer, sorted(part, key=len), size, multiple)
 
-        tokens = whole(batches(training, batch), batch)
-        self.training = on(device, [padded(one) for one in tokens])
+        self.training = on(device, whole(batches(training, batch, PADDED_TO), batch))
         self.texts = batch * len(self.training)
         self.calibration = on(device, batches(training[:CALIBRATION], 32))
         self._unseen = {
@@ -248,10 +256,39 @@ def whole(batches: list[Batch], size: int) -> list[Batch]:
     return [b for b in batches if len(b["input_ids"]) == size] or batches[:1]
 
 
-def padded(batch: Batch) -> Batch:
-    """Padded further, to one of a few lengths."""
-    more = -batch["input_ids"].shape[1] % PADDED_TO
-    return {name: nn.functional.pad(tensor, (0, more)) for name, tensor in batch.items()}
+def tokenized(tokenizer: Any, texts: Sequence[str], size: int, multiple: int = 1) -> list[Batch]:
+    """Batches of ``size`` texts in their order, at most ``MAX_TOKENS`` tokens of each.
+
+    Args:
+        tokenizer: a fast one of Transformers, whose Rust part is called for thousands of texts at
+            once. Transformers' own call makes Python's integers of the padding and the mask, too.
+        texts: any.
+        size: texts per batch; the last has what is left.
+        multiple: every batch is padded to a multiple of so many tokens.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, int64 ``[texts, tokens]``.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(MAX_TOKENS)
+    counts: list[int] = []
+    parts = [np.empty(0, np.int64)]
+    for start in range(0, len(texts), AT_ONCE):
+        encoded = backend.encode_batch_fast(list(texts[start : start + AT_ONCE]))
+        rows = [encoding.ids for encoding in encoded]
+        counts += map(len, rows)
+        parts.append(np.fromiter(itertools.chain.from_iterable(rows), np.int64))
+    tokens = torch.from_numpy(np.concatenate(parts))
+    found: list[Batch] = []
+    for start in range(0, len(counts), size):
+        mine = torch.tensor(counts[start : start + size])
+        width = -(-int(mine.max()) // multiple) * multiple
+        mask = torch.arange(width) < mine[:, None]
+        ids = torch.full(mask.shape, tokenizer.pad_token_id)
+        ids[mask], tokens = tokens.split([total := int(mine.sum()), len(tokens) - total])
+        found.append({"input_ids": ids, "attention_mask": mask.long()})
+    return found
 
 
 def on(device: torch.device, batches: list[Batch]) -> list[Batch]:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from quality_vision import DinoV2
 from torch import Tensor, nn
@@ -182,17 +183,29 @@ class SmolLM2:
         self._tokenizer = tokenizer
         articles = _wikipedia()
         self._evaluation = self.windows(articles[:30])[: self.evaluated]
-        self._articles = articles[30:]
-        self._calibration = self.windows(self._articles)
+        self._articles = self._tokens(articles[30:])
+        self._calibration = self._cut(self._articles)
 
     def windows(self, articles: Sequence[str], start: int = 0) -> list[Tensor]:
         """Windows of ``window`` tokens within an article, int64, in a fixed random order.
 
         The first of an article begins at its token ``start``.
         """
+        return self._cut(self._tokens(articles), start)
+
+    def _tokens(self, articles: Sequence[str]) -> list[Tensor]:
+        """All tokens of every article, int64."""
+        backend = self._tokenizer.backend_tokenizer  # Transformers' own call lists masks, too
+        backend.no_padding()
+        backend.no_truncation()
+        encoded = backend.encode_batch_fast(list(articles))
+        return [torch.from_numpy(np.array(each.ids, np.int64)) for each in encoded]
+
+    def _cut(self, articles: Sequence[Tensor], start: int = 0) -> list[Tensor]:
+        """:meth:`windows` of tokens."""
         rows: list[Tensor] = []
-        for tokens in self._tokenizer(list(articles)).input_ids if articles else []:
-            ids = torch.tensor(tokens[start:])
+        for tokens in articles:
+            ids = tokens[start:]
             rows += list(ids.unfold(0, self.window, self.window)) if len(ids) > self.window else []
         random.Random(0).shuffle(rows)
         return rows
@@ -204,7 +217,7 @@ class SmolLM2:
 
     def windows_but_evaluated(self, cuts: int = 1) -> list[Tensor]:
         """Those of all articles but the ones that the model is judged by, cut so often."""
-        parts = [self.windows(self._articles, self.window * i // cuts) for i in range(cuts)]
+        parts = [self._cut(self._articles, self.window * i // cuts) for i in range(cuts)]
         return [window for part in parts for window in part]
 
     def layers(self, model: nn.Module) -> list[str]:

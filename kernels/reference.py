@@ -51,11 +51,17 @@ def linear(x: Tensor, sketch: Tensor, z: Tensor, bias: Tensor | None = None) -> 
 
 
 def sketched(x: Tensor, sketch: Tensor, reduced_features: int) -> Tensor:
-    """``X̃ [J, M, K_c]`` of ``x [M, K]`` in float64: ``X̃[j] = x S_j``, S_j written out."""
-    identity = torch.eye(reduced_features, dtype=torch.float64)
-    x = x.cpu().double()
-    parts = [materialize(sketch[j : j + 1], identity, x.shape[1]) for j in range(sketch.shape[0])]
-    return torch.stack([x @ part.T for part in parts])
+    """``X̃ [J, M, K_c]`` of ``x [M, K]`` in float64: ``X̃[j] = x S_j``, S_j written out by groups."""
+    num_hashes, num_supergroups = sketch.shape[:2]
+    slots = reduced_features // num_supergroups
+    width = sketch.shape[2] * (1 if sketch.is_floating_point() else slots)
+    identity = torch.eye(slots, dtype=torch.float64)
+    result = torch.zeros(num_hashes, x.shape[0], reduced_features, dtype=torch.float64)
+    for g, part in enumerate(x.cpu().double().split(width, 1)):
+        for j in range(num_hashes):
+            block = materialize(sketch[j : j + 1, g : g + 1], identity, part.shape[1])
+            result[j, :, g * slots : (g + 1) * slots] = part @ block.T
+    return result
 
 
 def quantized_product(

@@ -2,8 +2,17 @@
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from ss1_compile.demo.data import tokenize
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import healing_subjects
@@ -37,23 +46,49 @@ def test_batches_have_few_forms():
     (kept,) = healing_subjects.whole(batches, 4)
     assert kept is batches[0]
     assert healing_subjects.whole(batches[1:], 4) == batches[1:]
-    wider = healing_subjects.padded(kept)
-    assert {tensor.shape for tensor in wider.values()} == {(4, 32)}
-    assert torch.equal(wider["input_ids"][:, :21], ids)
-    assert not wider["attention_mask"][:, 21:].any()
-    assert healing_subjects.padded({"input_ids": ids[:, :16]})["input_ids"].shape == (4, 16)
+
+
+def whitespace_tokenizer(words: int) -> PreTrainedTokenizerFast:
+    """Tokens are the words 0 … words - 1, then padding."""
+    known = {str(word): word for word in range(words)}
+    backend = Tokenizer(WordLevel({**known, "pad": words}, unk_token="0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="pad")
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    lengths=st.lists(st.integers(1, 150), max_size=12),
+    size=st.integers(1, 5),
+    at_once=st.integers(1, 5),
+    seed=st.integers(0, 2**16),
+)
+def test_tokens_are_those_of_transformers(lengths, size, at_once, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(20, (n,), generator=generator).tolist() for n in lengths]
+    texts = [" ".join(map(str, row)) for row in rows]
+    tokenizer = whitespace_tokenizer(20)
+    with mock.patch.object(healing_subjects, "AT_ONCE", at_once):
+        found = healing_subjects.tokenized(tokenizer, texts, size)
+        wider = healing_subjects.tokenized(tokenizer, texts, size, 16)
+    wanted = tokenize(tokenizer, texts, batch_size=size)
+    assert len(found) == len(wider) == len(wanted)
+    for here, there, further in zip(found, wanted, wider, strict=True):
+        assert here.keys() == there.keys() == further.keys()
+        assert all(torch.equal(here[name], there[name]) for name in there)
+        n, width = here["input_ids"].shape
+        assert further["input_ids"].shape == (n, -(-width // 16) * 16)
+        assert torch.equal(further["input_ids"][:, :width], here["input_ids"])
+        assert bool((further["input_ids"][:, width:] == 20).all())
+        assert further["attention_mask"].sum() == here["attention_mask"].sum()
 
 
 def test_windows_are_cut_elsewhere_each_time():
-    class Tokens:
-        def __init__(self, texts):
-            self.input_ids = [[int(word) for word in text.split()] for text in texts]
-
     subject = object.__new__(quality_models.SmolLM2)
-    subject._tokenizer = Tokens
+    subject._tokenizer = whitespace_tokenizer(1300)
     texts = [" ".join(map(str, range(first, first + n))) for first, n in ((0, 700), (1000, 300))]
-    subject._articles = [*texts, "1 2 3"]
-    subject._calibration = subject.windows(subject._articles)
+    subject._articles = subject._tokens([*texts, "1 2 3"])
+    subject._calibration = subject.windows([*texts, "1 2 3"])
     once = subject.windows_but_evaluated()
     assert sorted(int(window[0]) for window in once) == [0, 256, 1000]
     found = subject.windows_but_evaluated(4)
