@@ -41,6 +41,8 @@ def settings(row: Row) -> str:
         words.append(f"{row['sampled']} of the texts sampled")
     if row["seed"]:
         words.append(f"seed {row['seed']}")
+    if row.get("note"):
+        words.append(row["note"])
     return ", ".join(words)
 
 
