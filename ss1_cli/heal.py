@@ -38,6 +38,13 @@ def heal(
     ] = 0,
     held_out: OptionalData = None,
     metric: Annotated[str, typer.Option(help="cosine or perplexity, of --held-out.")] = "cosine",
+    evaluate_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between evaluations of --held-out: an eighth of them."),
+    ] = None,
+    keep_best: Annotated[
+        bool, typer.Option("--keep-best", help="End with the parameters of the best evaluation.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=0, help="End-to-end steps.")] = 400,
     seconds: Annotated[
         float | None, typer.Option(help="Train for so long in place of --steps.")
@@ -87,6 +94,7 @@ def heal(
         if data is None and not sampled:
             raise ConfigError("there is nothing to heal with; give --data or --sampled, or both")
         sizes = {"samples": samples, "batch_size": batch_size, "max_tokens": max_tokens}
+        eighth = 0 if seconds else max(1, (steps + block_steps) // 8)
         config = ss1_compile.HealConfig(
             steps=steps,
             seconds=seconds,
@@ -97,8 +105,9 @@ def heal(
             compile=compile,
             materialize=materialize,
             cuda_graphs=cuda_graphs,
+            keep_best=keep_best,
             seed=seed,
-            evaluate_every=0 if held_out is None or seconds else max(1, (steps + block_steps) // 8),
+            evaluate_every=0 if held_out is None else evaluate_every or eighth,
         )
         quantized = quantization_of(quantization, quantization_group_size, rounding)
         saved = read_config(compressed).config

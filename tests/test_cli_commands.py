@@ -90,8 +90,10 @@ def test_from_plan_to_healed_model(factory):
 
     heal = ("heal", "net:make", "small", "healed", "--data", "x.npz", "--held-out", "x.npz")
     training = ("--steps", 30, "--learning-rate", 0.003, "--materialize")
-    result = run(*heal, *training, "--state", "state", *data)
+    judged = ("--evaluate-every", 10, "--keep-best")
+    result = run(*heal, *training, *judged, "--state", "state", *data)
     assert result.exit_code == 0, result.output
+    assert "kept: step" in result.stdout
     assert (factory / "state" / "healing.safetensors").is_file()
     result = run(*heal, "--seconds", 90, "--dry-run")
     assert "nothing was written" in result.stdout

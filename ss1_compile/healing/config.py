@@ -52,6 +52,8 @@ class HealConfig:
         seed: of the order of the batches.
         save_every: steps between states written to the directory.
         evaluate_every: steps between evaluations; 0 evaluates before and after only.
+        keep_best: end with the parameters of the best evaluation, where training went on to learn
+            its text by heart. Needs ``held_out`` or a function as ``metric``.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -73,6 +75,7 @@ class HealConfig:
     seed: int = 0
     save_every: int = 100
     evaluate_every: int = 0
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
         least = {"steps": 0, "block_steps": 0, "seed": 0, "save_every": 1, "evaluate_every": 0}
@@ -92,7 +95,8 @@ class HealConfig:
             least_value = 0 if name.endswith("weight") else math.ulp(0.0)
             if not number or not least_value <= value < math.inf:
                 raise ConfigError(f"{name} must be a positive finite number, got {value!r}")
-        for name in ("gradient_checkpointing", "compile", "materialize", "cuda_graphs"):
+        switches = ("gradient_checkpointing", "compile", "materialize", "cuda_graphs", "keep_best")
+        for name in switches:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.train not in ("ss1", "all"):
@@ -114,6 +118,7 @@ class Healing:
         metric: its name, or ``None``.
         trained: numbers that were trained.
         steps: optimiser steps done, those of earlier runs included.
+        kept: after how many of them the parameters are, where these are the best evaluation's.
         seconds: of training, those of earlier runs included.
     """
 
@@ -121,6 +126,7 @@ class Healing:
     metric: str | None = None
     trained: int = 0
     steps: int = 0
+    kept: int | None = None
     seconds: float = 0.0
 
     def to_json(self, indent: int | None = 1) -> str:
@@ -129,13 +135,17 @@ class Healing:
 
     @property
     def figures(self) -> tuple[float, float] | None:
-        """The metric before and after; ``None`` without one."""
-        found = [entry["metric"] for entry in self.curve if entry.get("metric") is not None]
-        return (found[0], found[-1]) if found else None
+        """The metric before and after (of what was kept); ``None`` without one."""
+        found = [entry for entry in self.curve if entry.get("metric") is not None]
+        if not found:
+            return None
+        last = next((entry for entry in found if entry["step"] == self.kept), found[-1])
+        return found[0]["metric"], last["metric"]
 
     def __rich__(self) -> Table:
         title = f"{self.steps} steps, {self.trained / 1e6:.2f} M numbers, {self.seconds:.0f} s"
-        table = Table(title=title, title_justify="left")
+        caption = None if self.kept is None else f"kept: step {self.kept}"
+        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
         for name in ("step", "phase", "loss", self.metric or "metric"):
             table.add_column(name, justify="left" if name == "phase" else "right")
         stride = max(1, len(self.curve) // 20)

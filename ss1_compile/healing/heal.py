@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ss1_compile.errors import CalibrationError, ConfigError, SS1Warning, TrainingError
 from ss1_compile.evaluation import Evaluation, Output
+from ss1_compile.healing.best import Best, best_of
 from ss1_compile.healing.compiled import compiled
 from ss1_compile.healing.config import HealConfig, Healing
 from ss1_compile.healing.graphs import Graphs, as_recorded
@@ -48,6 +49,7 @@ def heal(
     *,
     held_out: Iterable[Any] | None = None,
     metric: str | Callable[[nn.Module], float] = "cosine",
+    more_is_better: bool | None = None,
     output: Output | None = None,
     directory: str | Path | None = None,
     progress: bool = True,
@@ -68,6 +70,7 @@ def heal(
         held_out: batches to evaluate on before, after and every ``evaluate_every`` steps.
         metric: ``"cosine"`` of the outputs to the teacher's, ``"perplexity"``, or a function of the
             model; for ``held_out``, or a function also without.
+        more_is_better: of a metric that is a function; ``keep_best`` needs to know.
         output: ``output(model, batch)``: what to match in place of the model's ``logits``,
             ``last_hidden_state`` or first tensor. Differentiable.
         directory: where the state is written, as safetensors; if there is one of the same run, it
@@ -77,7 +80,8 @@ def heal(
 
     Raises:
         ConfigError: bad options, no SS1 layers, quantised ones, no repeated blocks for
-            ``block_steps``, a model without gradient checkpointing.
+            ``block_steps``, a model without gradient checkpointing, nothing to evaluate for
+            ``keep_best``.
         CalibrationError: no batches.
         TrainingError: the loss is not finite.
         CheckpointError: the directory has the state of another run.
@@ -94,6 +98,7 @@ def heal(
     evaluation = None
     if held_out is not None or callable(metric):
         evaluation = Evaluation(metric, teacher, held_out or (), output)
+    best = best_of(metric, more_is_better, evaluation) if config.keep_best else None
     loss_of = Distillation(model, teacher, config.hidden_weight, output, config.label_weight)
     if config.block_steps and not loss_of.blocks:
         raise ConfigError(
@@ -103,7 +108,7 @@ def heal(
     device = next(model.parameters()).device
     if config.cuda_graphs and device.type != "cuda":
         raise ConfigError(f"cuda_graphs needs the model on a CUDA device, and it is on {device}")
-    run = _Run((model, teacher), config, batches, loss_of, evaluation, directory)
+    run = _Run((model, teacher), config, batches, loss_of, evaluation, best, directory)
     with prepared(model, teacher, config) as trained:
         run.train(trained, progress)
     return run.result
@@ -124,12 +129,13 @@ class _Run:
         batches: list[Any],
         loss_of: Distillation,
         evaluation: Evaluation | None,
+        best: Best | None,
         directory: str | Path | None,
     ) -> None:
         self.models, self.model = models, models[0]
         self.config, self.batches = config, batches
         self.device = next(self.model.parameters()).device
-        self.loss_of, self.evaluation = loss_of, evaluation
+        self.loss_of, self.evaluation, self.best = loss_of, evaluation, best
         self.directory = None if directory is None else Path(directory)
         self.precision = precision_of(self.model, config)
         self._dense_form = Materialized(self.model, loss_of.blocks) if config.materialize else None
@@ -152,7 +158,7 @@ class _Run:
             result = self.result
             result.trained = sum(p.numel() for p in trained.values())
             if result.steps == 0:
-                self._evaluate("blocks" if config.block_steps else "model", accelerator)
+                self._evaluate("blocks" if config.block_steps else "model", accelerator, trained)
             self._started = time.perf_counter() - result.seconds
             if config.compile and not self._over(result.steps):
                 stack.enter_context(self._compiled(trained, accelerator))
@@ -177,10 +183,13 @@ class _Run:
                 every = config.evaluate_every
                 with self._paused():
                     if last or (every and result.steps % every == 0):
-                        self._evaluate(phase, accelerator)
+                        self._evaluate(phase, accelerator, trained)
                     if self.directory and (last or result.steps % config.save_every == 0):
                         self._save(trained, update.optimizer)
                 shown.update(task, completed=self._progress[0])
+            if self.best is not None:
+                self.best.put_back(trained)
+                result.kept = self.best.step
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -279,7 +288,7 @@ class _Run:
         entry = {"step": self.result.steps, "phase": phase, "loss": loss}
         self.result.curve.append({**entry, "seconds": round(self.result.seconds, 2)})
 
-    def _evaluate(self, phase: str, accelerator: Any) -> None:
+    def _evaluate(self, phase: str, accelerator: Any, trained: Mapping[str, nn.Parameter]) -> None:
         if self.evaluation is None:
             return
         # Parameters of 16-bit models are float32 meanwhile, their inputs are not
@@ -291,11 +300,14 @@ class _Run:
             entry = {"step": self.result.steps, "phase": phase, "loss": None}
             curve.append({**entry, "seconds": round(self.result.seconds, 2)})
         curve[-1]["metric"] = figure
+        if self.best is not None:
+            self.best.offer(figure, self.result.steps, trained)
 
     def _save(self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         assert self.directory is not None
         state = HealingState(asdict(self.config), len(self.batches), asdict(self.result))
-        write_state(self.directory, state, trained, optimizer)
+        kept = {} if self.best is None else self.best.values
+        write_state(self.directory, state, trained, optimizer, kept)
 
     def _resume(self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         if self.directory is None:
@@ -303,4 +315,7 @@ class _Run:
         wanted = HealingState(asdict(self.config), len(self.batches), {})
         found = read_state(self.directory, wanted, trained, optimizer)
         if found is not None:
-            self.result = Healing(**{**found.result, "metric": self.result.metric})
+            state, kept = found
+            self.result = Healing(**{**state.result, "metric": self.result.metric})
+            if self.best is not None:
+                self.best.resume(self.result.curve, kept)

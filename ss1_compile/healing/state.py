@@ -35,8 +35,12 @@ def write_state(
     state: HealingState,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    best: Mapping[str, Tensor],
 ) -> None:
-    """Write the trained parameters and AdamW's moments, in place of an earlier state."""
+    """Write the trained parameters, AdamW's moments and the best parameters so far, if any.
+
+    An earlier state is replaced.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained.items():
@@ -44,6 +48,7 @@ def write_state(
         for moment in _MOMENTS:
             if moment in optimizer.state[parameter]:
                 tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].contiguous()
+    tensors |= {f"best/{name}": value.contiguous() for name, value in best.items()}
     metadata = {"format": _FORMAT, "state": json.dumps(asdict(state))}
     staged = directory / f".{STATE_FILE}.{os.getpid()}"
     try:
@@ -58,8 +63,11 @@ def read_state(
     wanted: HealingState,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-) -> HealingState | None:
+) -> tuple[HealingState, dict[str, Tensor]] | None:
     """Put a state's values into the parameters and the optimiser; ``None`` if there is no state.
+
+    Returns:
+        What the tensors are of, and the best parameters by name, of a run that keeps them.
 
     Raises:
         CheckpointError: it is damaged, or of another configuration, model or number of batches.
@@ -84,10 +92,11 @@ def read_state(
             f"{path} is of a run with another {', '.join(differing)}; choose another directory, "
             f"or remove it to start again"
         )
-    values = {n.removeprefix("value/"): t for n, t in tensors.items() if n.startswith("value/")}
+    values, best = _named(tensors, "value/"), _named(tensors, "best/")
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
-    if shapes != {name: tuple(t.shape) for name, t in values.items()}:
-        raise CheckpointError(f"{path} is of another model: its parameters differ")
+    for part in (values, best) if wanted.config["keep_best"] else (values,):
+        if shapes != {name: tuple(t.shape) for name, t in part.items()}:
+            raise CheckpointError(f"{path} is of another model: its parameters differ")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(values[name])
@@ -99,4 +108,8 @@ def read_state(
                 at = parameter.device if fused else moments["step"].device
                 like["step"] = torch.zeros_like(moments["step"], device=at)
                 optimizer.state[parameter] = {m: like[m].copy_(moments[m]) for m in _MOMENTS}
-    return found
+    return found, best
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import harness
 import render_healing
@@ -24,7 +22,9 @@ def test_healing_helped():
         first, last = row["points"][0], row["points"][-1]
         assert first["step"] == 0
         if row.get("budget"):
-            assert row["seconds"] == pytest.approx(row["budget"], rel=0.02)
+            # less where a machine's time was over; the row says so
+            assert "ended after" in row.get("note", "") or row["seconds"] >= 0.98 * row["budget"]
+            assert 0.9 * row["budget"] <= row["seconds"] <= 1.02 * row["budget"]
         else:
             assert last["step"] == row["steps"] + row["block_steps"]
         if "perplexity" in first:
