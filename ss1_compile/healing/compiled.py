@@ -6,12 +6,14 @@ takes as long for thirty of them as for one, and the hooks that watch hidden sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
+from ss1_compile.errors import SS1Warning
 from ss1_compile.healing.loss import Distillation, distance, mean_error
 
 _FORMS = 1024
@@ -45,6 +47,26 @@ def compiled(models: Sequence[nn.Module], loss_of: Distillation) -> Iterator[Non
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+def compiled_if_it_works(
+    models: Sequence[nn.Module], loss_of: Distillation, trial: Callable[[], None]
+) -> ExitStack:
+    """As :func:`compiled` until the stack is closed; undone with a warning if ``trial()`` fails."""
+    with ExitStack() as stack:
+        stack.enter_context(compiled(models, loss_of))
+        try:
+            trial()
+        except Exception as error:
+            # whatever a compiler fails with; what is no fault of its own comes again without it
+            stack.close()
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+            warnings.warn(
+                f"healing runs without torch.compile, several times as slowly: {reason}",
+                SS1Warning,
+                stacklevel=5,
+            )
+        return stack.pop_all()
 
 
 def _alike(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:

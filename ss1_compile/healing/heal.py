@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, fields
@@ -20,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ss1_compile.errors import CalibrationError, ConfigError, SS1Warning, TrainingError
+from ss1_compile.errors import CalibrationError, ConfigError, TrainingError
 from ss1_compile.evaluation import Evaluation, Output
 from ss1_compile.healing.best import Best, best_of
-from ss1_compile.healing.compiled import compiled
+from ss1_compile.healing.compiled import compiled_if_it_works
 from ss1_compile.healing.config import HealConfig, Healing
 from ss1_compile.healing.graphs import Graphs, as_recorded
 from ss1_compile.healing.loss import Distillation
@@ -161,7 +160,8 @@ class _Run:
                 self._evaluate("blocks" if config.block_steps else "model", accelerator, trained)
             self._started = time.perf_counter() - result.seconds
             if config.compile and not self._over(result.steps):
-                stack.enter_context(self._compiled(trained, accelerator))
+                stack.enter_context(self._compiled(accelerator))
+                update.clear()
             steps = {phase: self._step(phase, update, accelerator) for phase in ("blocks", "model")}
             losses: list[Tensor] = []
             shown = stack.enter_context(bar(progress))
@@ -246,30 +246,19 @@ class _Run:
             accelerator.backward(loss)
             return loss.detach()
 
-    def _compiled(self, trained: Mapping[str, nn.Parameter], accelerator: Any) -> ExitStack:
-        """Compile, try it on the first batch of each phase that is to come, undo it if it fails."""
+    def _compiled(self, accelerator: Any) -> ExitStack:
+        """Compile, with a try on the first batch of each phase that is to come."""
         config, done = self.config, self.result.steps
         first = [done] if done >= config.block_steps else [done, config.block_steps]
-        with ExitStack() as stack:
-            stack.enter_context(compiled(self.models, self.loss_of))
-            try:
-                with as_recorded() if config.cuda_graphs else nullcontext():
-                    for step in first:
-                        if not self._over(step):
-                            batch = to_device(self.batches[self._at(step)], self.device)
-                            self._backward(self._phase(step), accelerator, batch)
-            except Exception as error:
-                # whatever a compiler fails with; what is no fault of its own comes again without it
-                stack.close()
-                reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-                warnings.warn(
-                    f"healing runs without torch.compile, several times as slowly: {reason}",
-                    SS1Warning,
-                    stacklevel=4,
-                )
-            for parameter in trained.values():
-                parameter.grad = None
-            return stack.pop_all()
+
+        def trial() -> None:
+            with as_recorded() if config.cuda_graphs else nullcontext():
+                for step in first:
+                    if not self._over(step):
+                        batch = to_device(self.batches[self._at(step)], self.device)
+                        self._backward(self._phase(step), accelerator, batch)
+
+        return compiled_if_it_works(self.models, self.loss_of, trial)
 
     def _at(self, step: int) -> int:
         """The batch of a step: all batches in a new order each time through."""
