@@ -23,7 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ss1_compile.kernels.launch import Launch, ceil_div, power_of_2
+from ss1_compile.kernels.launch import Launch, ceil_div, power_of_2, shared_memory
+
+# bytes beside the stages: rows of a prologue on their way to the product, and the result's
+_STAGED_RESULT = 16 << 10
 
 
 @triton.jit(do_not_specialize=["M", "G", "NO", "STEPS"])
@@ -126,12 +129,13 @@ def _plan(
     transposed: bool,
     prologue: Any,
     pdl: bool,
+    room: int,
 ) -> Launch:
-    """``sizes``: P, Q, K_in, K_out; ``counts``: output and input planes."""
+    """``sizes``: P, Q, K_in, K_out; ``counts``: output and input planes; ``room`` in bytes."""
     p, q, columns_in, columns_out = sizes
     prepare, prologue = prologue if isinstance(prologue, tuple) else (None, prologue)
     wide = dtype == torch.float32
-    # 16 is the smallest side of a tensor-core product; 128 keeps three stages in shared memory
+    # 16 is the smallest side of a tensor-core product; 128 keeps four stages in 227 KiB
     block_p = min(64 if wide else 128, max(16, power_of_2(p)))
     block_q = min(64 if wide else 128, max(16, power_of_2(q)))
     tile = 64
@@ -140,8 +144,8 @@ def _plan(
     # uneven programs (0.66 instead of 0.78 of copy bandwidth at K = 768)
     most = 8 if transposed or groups <= 8 else 4
     steps = max(1, min(most, tiles * groups // 512, groups))
-    deep = 4 if transposed else 3
     stage = (tile * block_p + block_p * block_q) * dtype.itemsize
+    stages = max(2, min(4 if transposed else 3, (room - _STAGED_RESULT) // stage))
     constants = {
         "NI": counts[1],
         "P": p,
@@ -150,7 +154,7 @@ def _plan(
         "BP": block_p,
         "BQ": block_q,
         "CHUNKS": ceil_div(p, block_p),
-        "STAGES": deep if stage <= 48 * 1024 else 2,
+        "STAGES": stages,
         "TRANSPOSED": transposed,
         "TRIGGER": pdl,
         "MASK_IN": masks[0],
@@ -193,7 +197,7 @@ def sketch(
             (hashes, 1),
             (x.stride(0), 0, reduced, rows * reduced, groups * size * rank, 0),
             (features != groups * size, False),
-            *(False, prologue, pdl),
+            *(False, prologue, pdl, shared_memory(x.device)),
         )
         plan(x, blocks.contiguous(), out, aux)
     return out
@@ -213,7 +217,7 @@ def unsketch(g: Tensor, blocks: Tensor, in_features: int) -> Tensor:
             (1, hashes),
             (g.stride(1), g.stride(0), in_features, 0, 0, groups * size * rank),
             (False, in_features != groups * size),
-            *(True, None, False),
+            *(True, None, False, shared_memory(g.device)),
         )
         plan(g, blocks.contiguous(), out, None)
     return out

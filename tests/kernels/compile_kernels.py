@@ -103,7 +103,7 @@ def launch_all():
         triton_sketch.unsketch(zeros(c, 4096, 2048 // c), code, 2048)
         triton_sketch.sketch(x[:16], code, 2048 // c)
         triton_sketch.sketch(zeros(128, 2048, dtype=torch.float32), code, 2048 // c)
-    for size, rank in ((128, 32), (128, 24), (256, 64)):
+    for size, rank in ((128, 32), (128, 24), (256, 64), (256, 128)):
         blocks = zeros(1, 2048 // size, size, rank)
         triton_blocks.sketch(x, blocks)
         triton_blocks.unsketch(zeros(1, 4096, 2048 // size * rank), blocks, 2048)
@@ -137,6 +137,7 @@ def launch_fused():
             triton_norm.statistics_first(x, None, *operands)
         triton_activation.activation_sketch(x, None, code, 256, "gelu")
         triton_activation.activation_sketch(wide[:, :1024], wide[:, 1024:], code, 256, "silu")
+    triton_activation.activation_sketch(x, None, zeros(1, 4, 256, 128), 512, "gelu")
     triton_epilogue.finish(x, vector, x, "gelu")
     triton_pack.pack([x[:8], x[:16], x[:8]])
     for rows, reduced, size, rank in (
@@ -238,7 +239,7 @@ def records_every_parameter(compiled, values):
 
 def main():
     capability, shared_bytes = map(int, sys.argv[1:])
-    for module in (triton_decode, triton_quantized_decode):
+    for module in (triton_blocks, triton_decode, triton_quantized_decode):
         module.shared_memory = lambda device: shared_bytes
     JITFunction.__getitem__ = record
     triton_gemm._processors = triton_quantized_gemm._processors = lambda device: 132
