@@ -141,7 +141,8 @@ def gpu_figures(layers: Result, models: Result) -> str:
 
 {gpu}, torch {torch}, Triton {triton}, bfloat16; speed-up over the faster of cuBLAS
 and `torch.compile(mode="max-autotune-no-cudagraphs")`, models over the faster of that mode and the
-default. \\*: an earlier run, slower. Everything measured, misses included:
+default. \\*: beside other work on the host, which launched calls suffer from, or of an earlier run.
+Run on that GPU only; compiled for sm_80, 86 and 89, too. Everything measured, misses included:
 [docs/performance.md](docs/performance.md) and [docs/models.md](docs/models.md)."""
 
 
