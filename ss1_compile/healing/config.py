@@ -118,7 +118,7 @@ class Healing:
         metric: its name, or ``None``.
         trained: numbers that were trained.
         steps: optimiser steps done, those of earlier runs included.
-        kept: after how many of them the parameters are, where these are the best evaluation's.
+        kept: the step whose parameters the model has, with ``keep_best``; else ``None``.
         seconds: of training, those of earlier runs included.
     """
 
