@@ -193,6 +193,11 @@ def shared_memory(device: torch.device) -> int:
     return found - 1024  # each program takes 1 KiB more than it asks for
 
 
+def stages_within(room: int, most: int, stage: int) -> int:
+    """How many stages a pipelined loop has: two at least, so many at most, ``stage`` bytes each."""
+    return max(2, min(most, room // stage))
+
+
 def once_per_form(check: Callable[..., object]) -> Callable[..., None]:
     """``check``, run once for each combination of dtypes, shapes and values that passes it.
 

@@ -23,7 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ss1_compile.kernels.launch import Launch, ceil_div, power_of_2, shared_memory
+from ss1_compile.kernels.launch import (
+    Launch,
+    ceil_div,
+    power_of_2,
+    shared_memory,
+    stages_within,
+)
 
 # bytes beside the stages: rows of a prologue on their way to the product, and the result's
 _STAGED_RESULT = 16 << 10
@@ -145,7 +151,7 @@ def _plan(
     most = 8 if transposed or groups <= 8 else 4
     steps = max(1, min(most, tiles * groups // 512, groups))
     stage = (tile * block_p + block_p * block_q) * dtype.itemsize
-    stages = max(2, min(4 if transposed else 3, (room - _STAGED_RESULT) // stage))
+    stages = stages_within(room - _STAGED_RESULT, 4 if transposed else 3, stage)
     constants = {
         "NI": counts[1],
         "P": p,

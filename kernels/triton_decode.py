@@ -25,7 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ss1_compile.kernels.launch import Launch, ceil_div, power_of_2, shared_memory
+from ss1_compile.kernels.launch import (
+    Launch,
+    ceil_div,
+    power_of_2,
+    shared_memory,
+    stages_within,
+)
 from ss1_compile.kernels.triton_elementwise import ACTIVATIONS
 
 
@@ -246,7 +252,7 @@ def _stream_plans(
         width, stages = 32, 3
     block_m = max(8, power_of_2(rows))
     step = width * (block_m + 64) * (4 if wide else 2)
-    stages = max(2, min(stages, room // step))
+    stages = stages_within(room, stages, step)
     block_n = ceil_div(out_features, hashes)
     k_split = ceil_div(ceil_div(reduced, split), width) * width
     total = rows * out_features

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ss1_compile.kernels.launch import shared_memory
+from ss1_compile.kernels.launch import shared_memory, stages_within
 from ss1_compile.kernels.triton_decode import dependent_launch, starts_early
 
 
@@ -215,7 +215,7 @@ def default_tile(out_features: int, hashes: int, reduced: int) -> tuple[int, int
 
 
 def _step(width: int, reduced: int, groups: int) -> tuple[int, bool]:
-    """The step along K_c and whether no step crosses a group of slots, else one scale a value."""
+    """The step along K_c, and whether none crosses a group (else a scale is staged per value)."""
     if groups == 1:
         return width, True
     size = reduced // groups
@@ -271,7 +271,7 @@ def stream(
     # 16 rows at least for 8-bit products, whose narrowest instruction Triton pads badly
     block_m = max(16 if dynamic else 8, min(64, triton.next_power_of_2(rows)))
     step = width * (64 * (1 if whole else 5) + block_m * sketched.element_size())
-    stages = max(2, min(stages, shared_memory(sketched.device) // step))
+    stages = stages_within(shared_memory(sketched.device), stages, step)
     _stream_kernel[(hashes * triton.cdiv(block_n, 64), split, triton.cdiv(rows, block_m))](
         *(sketched, sketched_scale, z, scale, bias if split == 1 else None, y, partial),
         *(rows, out_features, block_n, reduced, k_split),

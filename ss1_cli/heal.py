@@ -40,7 +40,7 @@ def heal(
     metric: Annotated[str, typer.Option(help="cosine or perplexity, of --held-out.")] = "cosine",
     evaluate_every: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps between evaluations of --held-out: an eighth of them."),
+        typer.Option(min=1, help="Steps between evaluations of --held-out: of --steps an eighth."),
     ] = None,
     keep_best: Annotated[
         bool, typer.Option("--keep-best", help="End with the parameters of the best evaluation.")

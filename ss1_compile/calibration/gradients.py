@@ -16,7 +16,7 @@ labels drawn from its own distribution, which makes Γ the Fisher information.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -154,9 +154,8 @@ def _rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
 def _read(model: nn.Module) -> Iterator[list[Tensor]]:
     """What the output embedding of a language model reads meanwhile; empty if there is none."""
     found: list[Tensor] = []
-    head = None
-    with suppress(AttributeError, NotImplementedError):  # models that have none raise or give None
-        head = model.get_output_embeddings()  # type: ignore[operator]
+    accessor = getattr(model, "get_output_embeddings", None)  # of Hugging Face's models
+    head = accessor() if callable(accessor) else None
     if not isinstance(head, nn.Module):
         yield found
         return

@@ -67,7 +67,8 @@ def read_state(
     """Put a state's values into the parameters and the optimiser; ``None`` if there is no state.
 
     Returns:
-        What the tensors are of, and the best parameters by name, of a run that keeps them.
+        What the tensors are of, and the best parameters by name (on the CPU), of a run that
+        keeps them.
 
     Raises:
         CheckpointError: it is damaged, or of another configuration, model or number of batches.

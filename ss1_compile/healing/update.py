@@ -18,7 +18,7 @@ class Update:
     tensors on the device, so that replays go on with them.
 
     Args:
-        parameters: that are trained.
+        parameters: that are trained, float32.
         config: has the rate, the clipping and whether steps are recorded.
         device: of the parameters.
     """
