@@ -188,7 +188,7 @@ def plot_batches(models: Result) -> None:
     axis.set_xticks(
         sorted(batches), [str(b) for b in sorted(batches)]
     )  # nothing is measured between them
-    axis.set_xlabel("batch of 128 tokens")
+    axis.set_xlabel("texts of 128 tokens in a batch")
     axis.set_ylabel("speed-up over dense, CUDA graphs")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
